@@ -1,0 +1,49 @@
+# Every target sets up what it needs: on a fresh clone, `make test` is enough.
+# ARGS goes to the command behind a target, as in: make test ARGS="-k imports -x"
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+# A stamp, not the folder: it is written last, so a broken installation is never taken for a good one.
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint faults bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## make .venv, or bring it up to date
+
+# torch comes first, by itself and pinned: it is by far the largest download, and once it is there
+# nothing that follows can make pip consider another version of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: venv  ## train a small model, kill its workers, watch it carry on
+	$(BIN)/dtrain demo $(ARGS)
+
+test: venv  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv  ## check style, types, shell scripts and the Dockerfile
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run launch/*.sh
+	$(BIN)/hadolint docker/Dockerfile
+
+faults: venv  ## run the long kill campaign
+	$(BIN)/python -m tests.campaign $(ARGS)
+
+bench: venv  ## measure the cost of a step and the time of a recovery
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/recovery.py
+
+clean:  ## remove everything that the targets above made, .venv too
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

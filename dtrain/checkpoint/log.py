@@ -1,0 +1,148 @@
+"""The commit log: the only authority on which checkpoints a run has.
+
+    <run>/log/00000042.json         created exclusively, never changed
+
+Creating the next number is a compare-and-swap: who succeeds has seen every entry before it. So a claim that stands in
+the log is seen by every writer after it, and a leftover of an earlier generation can't add to the log any more.
+
+An entry is one of
+    claim   a new generation takes the run over, under the next epoch
+    commit  a checkpoint is whole and durable: step, attempt, digest of its manifest
+    bad     a committed checkpoint failed its check
+    retire  a committed checkpoint is about to be deleted
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import xxhash
+
+from dtrain.errors import Damaged, Fenced
+from dtrain.storage.base import Storage
+
+FOLDER = "log"
+Kind = Literal["claim", "commit", "bad", "retire"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the run's history."""
+
+    kind: Kind
+    epoch: int
+    """Of the generation that wrote the entry."""
+    time: float
+    """Unix time in seconds; for people, nothing is decided by it."""
+    nonce: str = ""
+    """Tells apart the writers of equal entries."""
+    step: int = 0
+    attempt: str = ""
+    """The checkpoint's folder, below `checkpoints/`."""
+    manifest: str = ""
+    """Digest of the checkpoint's manifest."""
+    reason: str = ""
+    number: int = -1
+    """The entry's place in the log; not part of the file, but its name."""
+
+
+class Log:
+    """A view of the log that grows with it. Not for several threads."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._next = 0
+        self._claim = -1
+        self.entries: list[Entry] = []
+        self.broken: list[str] = []
+        """Files in the log that can't be read, named; they are passed over."""
+
+    def refresh(self) -> list[Entry]:
+        """Read what has been added since, and return it."""
+        before = len(self.entries)
+        for name in self._storage.names(FOLDER):
+            stem, _, suffix = name.partition(".")
+            if suffix == "json" and stem.isdigit() and int(stem) >= self._next:
+                self._next = int(stem) + 1
+                try:
+                    self.entries.append(_decode(self._storage.read(f"{FOLDER}/{name}"), int(stem)))
+                except Damaged as error:
+                    self.broken.append(f"{FOLDER}/{name}: {error}")
+        return self.entries[before:]
+
+    @property
+    def epoch(self) -> int:
+        """The newest epoch that was claimed; 0 in a new run."""
+        return max((entry.epoch for entry in self.entries), default=0)
+
+    def claim(self, time: float, nonce: str) -> Entry:
+        """Take the run over: from now on, no earlier generation can add to the log."""
+        while True:
+            self.refresh()
+            entry = self._create(Entry(kind="claim", epoch=self.epoch + 1, time=time, nonce=nonce))
+            if entry is not None:
+                self._claim = entry.number
+                return entry
+
+    def append(self, entry: Entry) -> Entry:
+        """Add an entry under the epoch that this log claimed.
+
+        :raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read.
+        """
+        while True:
+            broken = len(self.broken)
+            self.refresh()
+            newer = [e for e in self.entries if e.kind == "claim" and e.number > self._claim]
+            if newer or len(self.broken) > broken:
+                what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
+                raise Fenced(
+                    f"{self._storage.root}: {what}; epoch {entry.epoch} is a leftover and stops without "
+                    f"writing its {entry.kind} of step {entry.step}"
+                )
+            created = self._create(entry)
+            if created is not None:
+                return created
+
+    def commits(self) -> list[Entry]:
+        """The commits that were neither found bad nor retired, oldest first, in the order of the log."""
+        gone = {entry.attempt for entry in self.entries if entry.kind in ("bad", "retire")}
+        return [entry for entry in self.entries if entry.kind == "commit" and entry.attempt not in gone]
+
+    def bad(self) -> Iterator[Entry]:
+        """The commits that failed their check and still lie there."""
+        retired = {entry.attempt for entry in self.entries if entry.kind == "retire"}
+        return (entry for entry in self.entries if entry.kind == "bad" and entry.attempt not in retired)
+
+    def _create(self, entry: Entry) -> Entry | None:
+        """Try to be the next; None if somebody else was."""
+        entry = replace(entry, number=self._next)
+        try:
+            self._storage.create(f"{FOLDER}/{entry.number:08d}.json", _encode(entry))
+        except FileExistsError:
+            return None
+        self._next += 1
+        self.entries.append(entry)
+        return entry
+
+
+def _encode(entry: Entry) -> bytes:
+    fields = {key: value for key, value in asdict(entry).items() if key != "number"}
+    return json.dumps({"entry": fields, "digest": _digest(fields)}, indent=1).encode()
+
+
+def _decode(data: bytes, number: int) -> Entry:
+    try:
+        document = json.loads(data)
+        fields = document["entry"]
+        if document["digest"] != _digest(fields):
+            raise ValueError("its digest doesn't match")
+        return Entry(**fields, number=number)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"no log entry ({error})") from error
+
+
+def _digest(fields: dict[str, object]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())

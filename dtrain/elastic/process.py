@@ -1,0 +1,134 @@
+"""Forking and dying together.
+
+A fork of a process that has imported torch is at work within milliseconds, where a fresh one needs seconds. It is safe
+as long as the parent has no other Python thread and no CUDA context, and every child dies with its parent.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import mmap
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from dtrain.errors import ConfigError
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Child:
+    """A forked process. Use `fork` to make one.
+
+    :ivar pid: its process id.
+    :ivar pidfd: readable as soon as the process has ended.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._code: int | None = None
+
+    def kill(self) -> int:
+        """End it now, if it hasn't ended by itself; returns as `wait` does."""
+        if self._code is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end. :returns: its exit code; -n if signal n ended it."""
+        if self._code is None:
+            _, status = os.waitpid(self.pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
+            os.close(self.pidfd)
+        return self._code
+
+
+def fork(work: Callable[[], int]) -> Child:
+    """Run `work` in a fork of this process, which ends with the exit code that it returns.
+
+    The child is killed when its parent dies, and doesn't react to Ctrl-C: the parent decides what that means.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of any thread. `check_can_fork` has looked at those of Python; what is left are
+        # the pools of the BLAS libraries, which prepare themselves for a fork.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        return Child(pid)
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        die_with(parent)
+        # What the parent's modules registered is the parent's to run; what the child registers runs at its end.
+        atexit._clear()
+        code = work()
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for the child's own threads, as exit would
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent dies, however that happens.
+
+    :param parent: the id of the process that started this one.
+    """
+    if _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the kernel was told
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_can_fork() -> None:
+    """:raises ConfigError: a thread or a CUDA context would break the forked trainers."""
+    threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if threads:
+        raise ConfigError(
+            f"threads were started before dtrain.launch ({', '.join(threads)}): a forked trainer could hang. Start "
+            "them inside main, or run without supervision by launch(..., in_place=True)"
+        )
+    if torch.cuda.is_initialized():
+        raise ConfigError(
+            "CUDA was used before dtrain.launch, and a forked trainer could not use it any more. Create models and "
+            "tensors on the GPU inside main, or run without supervision by launch(..., in_place=True)"
+        )
+
+
+class Page(ctypes.Structure):
+    """A few numbers in memory that a supervisor and its trainer share.
+
+    restored: the step that this generation started from
+    step: the last step that this generation has finished
+    best: the last step that any generation before has finished
+    stop: not 0 when the run is to save and end after the step that it is in
+    """
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("restored", "step", "best", "stop"))
+
+    restored: int
+    step: int
+    best: int
+    stop: int
+
+    @classmethod
+    def shared(cls) -> Page:
+        """One that stays the same memory on both sides of a fork."""
+        return cls.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))

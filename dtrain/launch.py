@@ -1,0 +1,66 @@
+"""`launch`: runs a training function on every rank, and again when one dies.
+
+torchrun --nproc-per-node 4 train.py      on a cluster, a machine, a laptop
+python train.py                           one process, supervised in the same way
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch._dynamo  # the first optimizer imports it, which takes a second: better once here than in every trainer
+import torch.distributed as dist
+
+from dtrain.config import Config
+from dtrain.elastic.generation import Group, Placement
+from dtrain.elastic.process import Page
+from dtrain.elastic.supervisor import Supervisor
+from dtrain.training.run import Run
+
+# Asked in the usual way, whether there is a GPU, CUDA is started and can't be used after a fork.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = False) -> None:
+    """Train. Returns when `main` has come to its end on all ranks.
+
+    `main` runs in a process that is forked from this one. What is read or built before `launch` is there in every
+    trainer at no cost, also after a restart; threads and CUDA must not be started before.
+
+    :param main: builds model, optimizer and data, and has the loop.
+    :param config: the run's options.
+    :param in_place: run `main` in this very process, for a debugger; nothing is started again when it fails.
+    :raises ConfigError: the process can't be forked, or wasn't started by torchrun.
+    :raises SystemExit: the training failed for good (1), or Ctrl-C ended it after a checkpoint (130).
+    """
+    placement = Placement.from_env()
+
+    def train(group: Group, generation: int, page: Page) -> None:
+        device = _device(placement.local_rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=group.trainers_store(generation),
+            rank=placement.rank,
+            world_size=placement.world_size,
+            timeout=timedelta(seconds=config.timeout_s),
+        )
+        run = Run(config, placement.local_rank, device, generation, page)
+        main(run)
+        run.close()
+        dist.destroy_process_group()
+
+    if in_place:
+        train(Group(placement, config.timeout_s), 0, Page.shared())
+    else:
+        Supervisor(config, placement, train).run()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

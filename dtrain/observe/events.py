@@ -1,0 +1,90 @@
+"""What happened in a run, for people and programs.
+
+    <run>/events.jsonl      starts, restores, commits, failures: one JSON object a line, with `time` and `event`
+    <run>/metrics.jsonl     loss and logged values of every step; a step that was done again has several lines,
+                            of which the last one counts
+
+Both are appended to and never decide anything: a run goes on without them. A process that is killed can leave half a
+line, so every reader skips what is no JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"
+METRICS = "metrics.jsonl"
+_FLUSH_S = 1.0
+
+
+class Events:
+    """Appends events to a run folder. Several processes may do so at once."""
+
+    def __init__(self, root: str) -> None:
+        self._path = Path(root) / EVENTS
+
+    def emit(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": time.time(), "event": event} | fields) + "\n"
+        # One write with O_APPEND: lines of several processes don't mix.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def warn(self, message: str) -> None:
+        """Record a warning and show it."""
+        self.emit("warning", message=message)
+        say(message)
+
+
+class Metrics:
+    """Appends the values of each step; in memory for at most a second."""
+
+    def __init__(self, root: str) -> None:
+        self._file = (Path(root) / METRICS).open("ab", buffering=1 << 16)
+        # A line that was cut off by a kill would swallow the one behind it.
+        if self._file.tell():
+            self._file.write(b"\n")
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        line = {"step": step, "time": time.time()} | values
+        self._file.write(json.dumps(line).encode() + b"\n")
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of one of the files above, oldest first; nothing if it isn't there."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def say(message: str) -> None:
+    """Show a message to whoever looks on, without breaking into a progress line."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{clear}[dtrain] {message}\n")
+    sys.stderr.flush()

@@ -1,0 +1,63 @@
+"""The line that shows where a run is: step, loss, speed, time left, last commit.
+
+On a terminal it is one line that is drawn again; in a log file, a line every half minute.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from dtrain.observe.events import say
+
+_LOG_EVERY_S = 30.0
+
+
+class Progress:
+    """Shown by one rank.
+
+    :param done: steps that are behind us.
+    :param total: steps of the whole run.
+    :param unit: what is counted for the speed.
+    """
+
+    def __init__(self, done: int, total: int, unit: str) -> None:
+        self._total = total
+        self._unit = unit
+        self._committed = done
+        self._count = 0.0
+        self._started = self._logged = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            leave=True,
+            disable=not sys.stderr.isatty(),
+            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {postfix} left {remaining}",
+        )
+
+    def step(self, step: int, loss: float, count: float) -> None:
+        """A step is done: its mean loss, and how much it counted."""
+        self._count += count
+        text = self._text(loss)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+        elif time.monotonic() - self._logged > _LOG_EVERY_S:
+            self._logged = time.monotonic()
+            say(f"step {step}/{self._total} {text}")
+
+    def committed(self, step: int) -> None:
+        self._committed = step
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _text(self, loss: float) -> str:
+        rate = self._count / max(time.monotonic() - self._started, 1e-9)
+        speed = f"{rate / 1000:.1f}k" if rate >= 10_000 else f"{rate:.0f}"
+        commit = f"committed {self._committed}" if self._committed else "nothing committed"
+        return f"loss {loss:.4f}  {speed} {self._unit}/s  {commit} "

@@ -1,0 +1,154 @@
+"""A run folder on a local disk, or on a shared one that has hard links (NFS, Lustre, ...).
+
+Exclusive creation is `link`: it fails where `rename` would overwrite, and a file appears under its name only when
+all of it is on the disk. After an fsync that failed nothing is tried again on that file: the kernel has dropped the
+pages, and a second fsync would report success.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from dtrain.errors import ConfigError
+from dtrain.storage.base import Buffer, Sink
+
+_ABANDONED_S = 600.0
+"""A half-made file of this age belongs to a process that is gone."""
+
+_MOST_BUFFERS = 1024
+"""The kernel's limit on the buffers of one `preadv` (IOV_MAX)."""
+
+
+class LocalStorage:
+    """See `Storage`. :raises ConfigError: the folder can't be created or written to."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def prepare(self) -> None:
+        """Create the folder and find out now, not at the first save, whether it can be used.
+
+        :raises ConfigError: it can't be written to, or has no hard links.
+        """
+        probe = Path(self.root) / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            os.link(probe, linked := probe.with_suffix(".link"))
+            linked.unlink()
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK) and probe.exists():
+                raise ConfigError(
+                    f"dir={self.root!r} is on a file system without hard links, by which dtrain commits; "
+                    "use another disk"
+                ) from error
+            raise ConfigError(
+                f"dir={self.root!r} can't be written to ({error.strerror}); choose another folder or mend "
+                "its permissions"
+            ) from error
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def create(self, path: str, data: bytes) -> None:
+        target = self._path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        half = target.with_name(f".{target.name}.{uuid.uuid4().hex}.half")
+        try:
+            with half.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(half, target)
+            except FileExistsError:
+                # A network file system may carry out a link, lose the reply and answer its own second try.
+                if half.stat().st_nlink != 2:
+                    raise
+        finally:
+            half.unlink(missing_ok=True)
+        _fsync(target.parent)
+
+    @contextlib.contextmanager
+    def open_new(self, path: str) -> Iterator[Sink]:
+        target = self._path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb", buffering=0) as file:
+            yield _Whole(file.fileno())
+            os.fsync(file.fileno())
+
+    def read(self, path: str) -> bytes:
+        return self._path(path).read_bytes()
+
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        descriptor = os.open(self._path(path), os.O_RDONLY)
+        try:
+            while left:
+                got = os.preadv(descriptor, left[:_MOST_BUFFERS], offset)
+                if got == 0:
+                    raise EOFError(f"{path} ends at byte {offset}")
+                offset += got
+                while left and got >= left[0].nbytes:
+                    got -= left.pop(0).nbytes
+                if got:
+                    left[0] = left[0][got:]
+        finally:
+            os.close(descriptor)
+
+    def size(self, path: str) -> int:
+        return self._path(path).stat().st_size
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(folder)) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def seal(self, folder: str) -> None:
+        path = self._path(folder)
+        _fsync(path)
+        _fsync(path.parent)
+
+    def remove(self, folder: str) -> None:
+        shutil.rmtree(self._path(folder), ignore_errors=True)
+
+    def sweep(self, folder: str) -> None:
+        """Delete what killed processes left half-made in a folder."""
+        for half in self._path(folder).glob(".*.half"):
+            with contextlib.suppress(OSError):
+                if time.time() - half.stat().st_mtime > _ABANDONED_S:
+                    half.unlink()
+
+    def _path(self, path: str) -> Path:
+        # Names also come from files that somebody else may have written: none may lead out of the run folder.
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise ValueError(f"{path!r} leads out of the run folder {self.root}")
+        return Path(self.root) / parts
+
+
+class _Whole:
+    """`write` may take less than it is given; this takes all or raises."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, data: Buffer) -> None:
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+
+
+def _fsync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""A model on all ranks: DDP, made so that a restart doesn't change the order of any addition.
+
+DDP lays its buckets out anew after the first backward pass, in the order in which gradients arrived, and a sum over
+three ranks or more depends on where in a bucket an element lies. A resumed run would therefore add in another order in
+its first step than the undisturbed run did. So the new layout is brought about before the first step, by a backward
+pass that computes nothing and exchanges nothing, in an order that is the same in every start.
+"""
+
+# No `from __future__ import annotations` here: DDP looks at the types that its hook is annotated with.
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dtrain.checkpoint.state import bare
+
+
+def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to this rank's device, and have its gradients summed over the ranks if there are several.
+
+    Gradients are sums, not means: `Step.update` divides once, by what all ranks have counted.
+    """
+    model = model.to(device)
+    if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    exchange = _Exchange()
+    wrapped.register_comm_hook(exchange, _sum)
+    _settle(wrapped, exchange)
+    return wrapped
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, which are the ones that count (running means and the like).
+
+    DDP does the same before the next step's first forward pass; a checkpoint is taken before that. All ranks must
+    reach this.
+    """
+    if dist.get_world_size() > 1:
+        for buffer in bare(model).buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@dataclass
+class _Exchange:
+    """DDP hands this to the hook below each time."""
+
+    off: bool = False
+    """Leave the gradients as they are on each rank."""
+
+
+def _sum(exchange: _Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's communication hook: a sum, without DDP's division by the world size."""
+    if exchange.off:
+        nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        nothing.set_result(bucket.buffer())
+        return nothing
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    done: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return done
+
+
+def _settle(wrapped: DistributedDataParallel, exchange: _Exchange) -> None:
+    """Bring about DDP's final layout of buckets, without a sum and without a real gradient."""
+    module = wrapped.module
+    own = vars(module).get("forward")
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    exchange.off = True
+    module.forward = lambda: _Nothing.apply(*parameters)
+    try:
+        wrapped().backward()
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+        exchange.off = False
+    wrapped.zero_grad(set_to_none=True)
+
+
+class _Nothing(torch.autograd.Function):
+    """Depends on all that it is given, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = parameters
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return tuple(p.new_zeros(()).expand_as(p) for p in ctx.parameters)

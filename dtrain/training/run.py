@@ -1,0 +1,256 @@
+"""`Run`: what a training function is given.
+
+It ties the loop to everything else: the ranks, the data, the checkpoints, and the people who look on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+
+from dtrain.checkpoint.manager import Manager, from_rank_0
+from dtrain.checkpoint.policy import SavePolicy
+from dtrain.checkpoint.state import State
+from dtrain.config import SAME_BITS, Config, Interval
+from dtrain.elastic.process import Page
+from dtrain.errors import ConfigError, DataError, UsageError
+from dtrain.observe.events import Events, Metrics
+from dtrain.observe.progress import Progress
+from dtrain.storage.local import LocalStorage
+from dtrain.training.data import Data, Dataset
+from dtrain.training.parallel import parallelize, same_buffers
+from dtrain.training.random import set_generators
+from dtrain.training.step import Flags, Step
+
+CONFIG = "config.json"
+
+
+class Run:
+    """One rank's view of a run, in one generation.
+
+    :ivar rank: this process's number among `world_size`.
+    :ivar local_rank: its number on this machine.
+    :ivar device: where the model and the batches go.
+    """
+
+    def __init__(self, config: Config, local_rank: int, device: torch.device, generation: int, page: Page) -> None:
+        self.config = config
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.local_rank = local_rank
+        self.device = device
+        self._page = page
+        self._generation = generation
+        self._state = State()
+        self._data: dict[str, Data] = {}
+        self._wrapped: list[DistributedDataParallel] = []
+        self._models: list[nn.Module] = []
+        self._policy = SavePolicy(Interval.parse(config.save_every), self._epoch_after)
+        self._stop = False
+        self._started = False
+        self._done = 0
+        self._saved = -1
+        self._progress: Progress | None = None
+        self._metrics: Metrics | None = None
+        config.check_world(self.world_size)
+        self._storage = LocalStorage(config.dir)
+        from_rank_0(self._open_folder)
+        self._events = Events(config.dir)
+        self._manager = Manager(self._storage, config.keep_last, self._events)
+        set_generators(config.seed, "start")
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, the one to print or to write."""
+        return self.rank == 0
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """Move a model to this rank's device and have its gradients summed over the ranks. All ranks must reach it."""
+        model = parallelize(model, self.device)
+        self._models.append(model)
+        if isinstance(model, DistributedDataParallel):
+            self._wrapped.append(model)
+        return model
+
+    def data(
+        self,
+        dataset: Dataset,
+        *,
+        collate: Callable[[list[Any]], Any] = default_collate,
+        shuffle: bool = True,
+        name: str = "data",
+    ) -> Data:
+        """A data set in the order in which this run uses it, to be given to `step.micro_batches`.
+
+        :param dataset: map-style; `dataset[i]` is a sample.
+        :param collate: makes a batch of a list of samples.
+        :param shuffle: False keeps the data set's own order.
+        :param name: tells several data sets apart.
+        :raises DataError: it is empty, or smaller than a global batch.
+        """
+        if name in self._data:
+            raise UsageError(f"data(name={name!r}) was called before; give each data set a name of its own")
+        self._data[name] = Data(dataset, self.config, self.device, name, collate, shuffle)
+        return self._data[name]
+
+    def track(self, **objects: Any) -> None:
+        """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
+        and anything else with `state_dict` and `load_state_dict`, the same on all ranks.
+
+        A GradScaler that is tracked is also used, by `step.backward` and `step.update`.
+
+        :raises UsageError: an object has no state, or a name is taken.
+        """
+        if self._started:
+            raise UsageError("track comes before the first step: what is tracked later would not be restored")
+        self._state.track(objects)
+
+    def stop(self) -> None:
+        """End `steps` after the step that is under way or the one after it, on all ranks alike, with a checkpoint."""
+        self._stop = True
+
+    def steps(self, total: int) -> Iterator[Step]:
+        """The steps that are left of `total`: restores the newest checkpoint, and saves as configured.
+
+        All ranks must go through it.
+
+        :raises NoGoodCheckpoint: there are checkpoints, but none can be read.
+        :raises StateError: what is tracked isn't what was saved.
+        :raises DataError: the data set isn't the one of the checkpoint.
+        """
+        if self._started:
+            raise UsageError("steps was called before; a run has one loop")
+        self._started = True
+        self._restore()
+        if self.is_first:
+            self._metrics = Metrics(self.config.dir)
+            self._progress = Progress(self._done, total, self.config.unit)
+        scaler = next((value for value in self._state.objects.values() if isinstance(value, GradScaler)), None)
+        for number in range(self._done + 1, total + 1):
+            step = Step(
+                number,
+                seed=self.config.seed,
+                micro_batches=self.config.micro_batches,
+                wrapped=self._wrapped,
+                scaler=scaler,
+                ask=self._ask,
+            )
+            try:
+                yield step
+            except GeneratorExit:  # the loop was left; its last step counts if the weights are those after it
+                if step.updated:
+                    self._finish(step)
+                raise
+            step.check_done()
+            stop, save = step.flags
+            self._finish(step)
+            if stop:
+                break
+            if save or self._policy.due_after(number):
+                self.save()
+        self.close()
+
+    def save(self) -> None:
+        """Commit a checkpoint of the last finished step now. All ranks must reach it.
+
+        :raises SaveError: it could not be written; the commit before stands.
+        """
+        if self._saved == self._done:
+            return
+        if self._metrics is not None:
+            self._metrics.flush()
+        for model in self._models:
+            same_buffers(model)
+        self._manager.save(self._state, self._done, self._position())
+        self._saved = self._done
+        self._policy.saved()
+        if self._progress is not None:
+            self._progress.committed(self._done)
+
+    def close(self) -> None:
+        """Save what isn't saved yet, and end the progress line. Called at the end of the loop and of the main."""
+        if self._started and self._done > 0:
+            self.save()
+        if self._progress is not None:
+            self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _ask(self) -> Flags:
+        return bool(self._stop or self._page.stop), self.is_first and self._policy.due_by_clock()
+
+    def _finish(self, step: Step) -> None:
+        self._done = self._page.step = step.number
+        if self.is_first and step.number == self._page.best + 1 and self._generation:
+            self._events.emit("caught_up", step=step.number, generation=self._generation)
+        if self._metrics is not None and self._progress is not None:
+            loss = step.loss
+            self._metrics.write(step.number, {"loss": loss} | step.values)
+            self._progress.step(step.number, loss, step.count)
+
+    def _restore(self) -> None:
+        self._manager.claim()
+        self._events.emit(
+            "started",
+            rank=self.rank,
+            world_size=self.world_size,
+            generation=self._generation,
+            epoch=self._manager.epoch,
+        )
+        restored = self._manager.restore(self._state)
+        if restored is not None:
+            self._check_data(restored.position["data"])
+            self._done = self._saved = self._page.restored = restored.step
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "step": self._done,
+            "samples": self._done * self.config.global_batch,
+            "config": {name: getattr(self.config, name) for name in SAME_BITS},
+            "data": {name: data.fingerprint() for name, data in self._data.items()},
+        }
+
+    def _check_data(self, saved: dict[str, str]) -> None:
+        for name, data in self._data.items():
+            now = data.fingerprint()
+            if saved.get(name, now) != now:
+                raise DataError(
+                    f"{name}: the data set is not the one that the checkpoint was made with (fingerprint "
+                    f"{saved[name]}, now {now}; it begins with the number of samples). Bring the data back, or "
+                    "start in another run folder"
+                )
+
+    def _epoch_after(self, step: int) -> int:
+        return max((data.epoch_after(step) for data in self._data.values()), default=0)
+
+    def _open_folder(self) -> None:
+        """On rank 0: make the run folder, or see whether it is this run's.
+
+        :raises ConfigError: it can't be written to, or belongs to a run with other options.
+        """
+        self._storage.prepare()
+        mine = {name: getattr(self.config, name) for name in SAME_BITS}
+        try:
+            self._storage.create(CONFIG, json.dumps(mine, indent=1).encode())
+            return
+        except FileExistsError:
+            pass
+        found = json.loads(self._storage.read(CONFIG))
+        differ = [
+            f"{name} was {found.get(name)!r}, is now {mine[name]!r}"
+            for name in mine
+            if found.get(name) != mine[name]
+        ]
+        if differ:
+            raise ConfigError(
+                f"{self.config.dir} belongs to a run with other options: {'; '.join(differ)}. Put them back, or "
+                "choose another folder"
+            )

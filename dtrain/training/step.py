@@ -1,0 +1,198 @@
+"""`Step`: one optimizer step, made of a fixed list of micro-batches.
+
+Each rank computes a contiguous block of the list. Losses and gradients are sums over everything that was counted, and
+are divided once, at the end, by the count of all ranks: how the batch was cut leaves no trace in the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from dtrain.errors import UsageError
+from dtrain.training.data import Data, block
+from dtrain.training.random import set_generators
+
+if TYPE_CHECKING:
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+_CLIP_EPSILON = 1e-6
+"""As in `torch.nn.utils.clip_grad_norm_`."""
+
+Flags = tuple[bool, bool]
+"""Whether to stop, and whether a checkpoint is due, after this step."""
+
+
+class Step:
+    """One pass of the training loop. `run.steps` makes them.
+
+    :ivar number: which step it is, the first being 1.
+    :ivar values: what was logged, for the run's metrics.
+    :ivar updated: whether the optimizer has taken this step.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        seed: int,
+        micro_batches: int,
+        wrapped: list[DistributedDataParallel],
+        scaler: GradScaler | None,
+        ask: Callable[[], Flags],
+    ) -> None:
+        self.number = number
+        self.values: dict[str, float] = {}
+        self._seed = seed
+        self._block = block(micro_batches, dist.get_rank(), dist.get_world_size())
+        self._wrapped = wrapped
+        self._scaler = scaler
+        self._ask = ask
+        self._open = False
+        self._backwards = 0
+        self.updated = False
+        self._loss: torch.Tensor | None = None
+        self._count = 0
+        self._totals = torch.zeros(4, dtype=torch.float64)
+        """Count, loss, stop, save: summed over the ranks while the last backward pass runs."""
+        self._work: list[dist.Work] = []
+        set_generators(seed, number, "step")
+
+    def micro_batches(self, data: Data) -> Iterator[Any]:
+        """The batches of this rank's block. Random numbers in the loop's body follow from the micro-batch alone."""
+        if self._backwards:
+            raise UsageError(f"step {self.number}: micro_batches was gone through before; do so once a step")
+        for index in self._block:
+            batch = self._load(data, index)
+            with contextlib.ExitStack() as stack:
+                if index != self._block[-1]:  # gradients are exchanged once, with the last backward pass
+                    for model in self._wrapped:
+                        stack.enter_context(model.no_sync())
+                self._open = True
+                yield batch
+                if self._open:
+                    raise UsageError(
+                        f"step {self.number}: micro-batch {index} got no step.backward(loss, count=...); every "
+                        "one needs it, or the other ranks would wait for this one"
+                    )
+        set_generators(self._seed, self.number, "update")
+
+    def _load(self, data: Data, index: int) -> Any:
+        set_generators(self._seed, self.number, index, "data")
+        batch = data.load(data.ids(self.number, index))
+        set_generators(self._seed, self.number, index)
+        return batch
+
+    def backward(self, loss: torch.Tensor, *, count: int) -> None:
+        """Add the gradients of one micro-batch.
+
+        :param loss: a scalar, the SUM over all that is counted (`reduction="sum"`).
+        :param count: over how many terms the loss is a sum: samples, tokens, ...
+        :raises UsageError: it isn't called once in each pass of `micro_batches`, or with something else.
+        """
+        if not self._open:
+            raise UsageError(f"step {self.number}: call backward once in each pass of step.micro_batches")
+        if loss.numel() != 1:
+            raise UsageError(
+                f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum"
+            )
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise UsageError(f"step {self.number}: count={count!r} must be a whole number, 0 or more")
+        self._open = False
+        self._backwards += 1
+        self._count += count
+        detached = loss.detach().reshape(()).double()
+        self._loss = detached if self._loss is None else self._loss + detached
+        if self._backwards == len(self._block):
+            self._exchange()
+        (self._scaler.scale(loss) if self._scaler else loss).backward()
+
+    def _exchange(self) -> None:
+        """Start to add up the ranks' numbers; they arrive while the gradients are still computed."""
+        assert self._loss is not None
+        stop, save = self._ask()
+        self._totals[:] = torch.tensor([self._count, 0.0, stop, save])
+        if self._loss.is_cpu:
+            self._totals[1] = self._loss
+        else:  # stays on the device: to look at it would wait for everything that is queued there
+            self._reduce(self._loss)
+        self._reduce(self._totals)
+
+    def _reduce(self, tensor: torch.Tensor) -> None:
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        self._work.append(work)
+
+    def update(self, optimizer: Optimizer, *schedulers: LRScheduler, clip: float | None = None) -> None:
+        """Divide the gradients by the count, clip them, and let the optimizer and its schedulers take a step.
+
+        :param clip: the largest norm that the gradient of all of the optimizer's parameters may have.
+        :raises UsageError: not all micro-batches had their backward pass, or nothing was counted.
+        """
+        if self._backwards != len(self._block):
+            raise UsageError(
+                f"step {self.number}: {self._backwards} of {len(self._block)} micro-batches had a backward pass "
+                "before update; go through step.micro_batches to its end"
+            )
+        if self.count == 0:
+            raise UsageError(f"step {self.number}: the counts of all micro-batches add up to 0")
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        factor: float | torch.Tensor = 1.0 / self.count
+        if clip is not None:
+            norm = get_total_norm(gradients) * factor
+            factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
+        # One pass over the gradients, for the mean and the clipping.
+        torch._foreach_mul_(gradients, factor)
+        if self._scaler is not None:
+            self._scaler.step(optimizer)
+        else:
+            optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.updated = True
+
+    def log(self, **values: float) -> None:
+        """Keep numbers with this step's loss, in the run's `metrics.jsonl`."""
+        self.values |= {name: float(value) for name, value in values.items()}
+
+    @property
+    def count(self) -> int:
+        """What all ranks have counted, once all backward passes are under way."""
+        self._wait()
+        return int(self._totals[0])
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over all that was counted on all ranks, once all backward passes are under way."""
+        self._wait()
+        assert self._loss is not None
+        total = float(self._totals[1] if self._loss.is_cpu else self._loss)
+        return total / max(1, self.count)
+
+    @property
+    def flags(self) -> Flags:
+        """What any rank asked for: the same on all of them."""
+        self._wait()
+        return bool(self._totals[2]), bool(self._totals[3])
+
+    def check_done(self) -> None:
+        """:raises UsageError: the loop's body has left something out."""
+        if not self.updated:
+            raise UsageError(f"step {self.number} ended without step.update(optimizer)")
+
+    def _wait(self) -> None:
+        if not self._work and not self.updated and self._backwards != len(self._block):
+            raise UsageError(f"step {self.number}: known only after the last step.backward")
+        while self._work:
+            self._work.pop().wait()
