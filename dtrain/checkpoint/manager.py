@@ -6,6 +6,7 @@ collective operation: all ranks must reach it.
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -66,8 +67,9 @@ class Manager:
                 self._events.warn(f"{self._storage.root}/{broken}: passed over")
             self._storage.sweep("log")
             whole = {e.attempt for e in self._log.commits()} | {e.attempt for e in self._log.bad()}
-            for name in self._storage.names(CHECKPOINTS):
+            for name in self._storage.names(CHECKPOINTS) if not self._log.broken else ():
                 # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
+                # And none at all when an entry can't be read, which may have been a commit.
                 if name not in whole and 0 <= _epoch_of(name) < claim.epoch:
                     self._storage.remove(f"{CHECKPOINTS}/{name}")
             return claim
@@ -100,7 +102,7 @@ class Manager:
                 )
             except CheckpointException as error:
                 reason = _explain(error, only=Damaged)
-                from_rank_0(lambda commit=commit, reason=reason: self._condemn(commit, reason))
+                from_rank_0(functools.partial(self._condemn, commit, reason))
                 continue
             position = state.apply(manifest, targets)
             if dist.get_rank() == 0:
@@ -125,15 +127,11 @@ class Manager:
         except CheckpointException as error:
             if dist.get_rank() == 0:
                 self._storage.remove(f"{CHECKPOINTS}/{attempt}")  # a full disk is not made fuller
-            raise SaveError(
-                f"step {step} could not be saved in {self._storage.root}: {_explain(error)}"
-            ) from error
+            raise SaveError(f"step {step} could not be saved in {self._storage.root}: {_explain(error)}") from error
         if dist.get_rank() == 0:
             assert writer.written is not None
             self._append("commit", step=step, attempt=attempt, manifest=writer.written.manifest)
-            self._events.emit(
-                "committed", step=step, seconds=time.monotonic() - started, bytes=writer.written.size
-            )
+            self._events.emit("committed", step=step, seconds=time.monotonic() - started, bytes=writer.written.size)
             for entry in to_retire(self._log, self._keep_last):
                 self._append("retire", step=entry.step, attempt=entry.attempt)
                 self._storage.remove(f"{CHECKPOINTS}/{entry.attempt}")
@@ -144,9 +142,7 @@ class Manager:
         commits = self._log.commits()
         for commit in reversed(commits):
             try:
-                data, _ = read_manifest(
-                    self._storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest
-                )
+                data, _ = read_manifest(self._storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
                 yield commit, data
             except Damaged as error:
                 self._condemn(commit, str(error))
@@ -165,9 +161,7 @@ class Manager:
         self._events.warn(f"checkpoint of step {commit.step} is damaged and passed over: {reason}")
 
     def _append(self, kind: Any, **fields: Any) -> None:
-        self._log.append(
-            Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields)
-        )
+        self._log.append(Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields))
 
 
 def from_rank_0(work: Callable[[], T]) -> T:

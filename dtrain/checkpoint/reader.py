@@ -150,4 +150,4 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory."""
     if math.prod(tensor.shape) == 0:
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

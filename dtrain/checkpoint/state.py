@@ -60,7 +60,7 @@ class State:
         :raises StateError: the tracked objects aren't those that were saved; it lists each difference.
         """
         self._compare(manifest)
-        live = {
+        live: dict[str, torch.Tensor] = {
             f"{name}.{key}": leaf
             for name, module in self.modules().items()
             for key, (_, leaf) in flatten(module.state_dict()).items()
@@ -118,8 +118,7 @@ class State:
             {
                 "state": {index_of[key]: kept for key, kept in saved["state"].items()},
                 "param_groups": [
-                    group | {"params": [index_of[key] for key in group["params"]]}
-                    for group in saved["param_groups"]
+                    group | {"params": [index_of[key] for key in group["params"]]} for group in saved["param_groups"]
                 ],
             }
         )

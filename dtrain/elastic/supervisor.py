@@ -107,7 +107,7 @@ class Supervisor:
         except SystemExit as error:
             if error.code in (None, 0):
                 return 0
-            failure = {"cause": f"exited with {error.code!r}", "trace": traceback.format_exc()}
+            failure: dict[str, Any] = {"cause": f"exited with {error.code!r}", "trace": traceback.format_exc()}
         except BaseException as error:
             failure = {
                 "cause": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
@@ -117,7 +117,7 @@ class Supervisor:
             }
         else:
             return 0
-        failure["trace"] = str(failure["trace"])[-_TRACE_BYTES:]
+        failure["trace"] = failure["trace"][-_TRACE_BYTES:]
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.write(saying, json.dumps(failure).encode() + b"\n")

@@ -141,10 +141,12 @@ def read_corpus(data: Sequence[Path] = ()) -> npt.NDArray[np.uint8]:
                 "the path, or leave --data out to train on Python's standard library"
             )
         try:
-            if data:
-                files = text_files(source) if source.is_dir() else [source]
-            else:
+            if not data:
                 files = standard_library(source)
+            elif source.is_dir():
+                files = text_files(source)
+            else:
+                files = [source]
             read = [np.fromfile(file, dtype=np.uint8) for file in files]
         except OSError as error:
             raise ConfigError(f"--data {source}: {error}; make it readable, or name other text") from error

@@ -82,9 +82,9 @@ class Data:
             return positions % self._length
         ids = np.empty_like(positions)
         epochs = positions // self._length
-        for epoch in np.unique(epochs):
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            key = derive(config.seed, "order", int(epoch))
+            key = derive(config.seed, "order", epoch)
             ids[here] = permute(positions[here] % self._length, self._length, key)
         return ids
 
@@ -171,6 +171,4 @@ def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> None:
     elif isinstance(sample, str | bytes | int | float | bool | None):
         state.update(repr(sample).encode())
     else:
-        state.update(
-            type(sample).__qualname__.encode()
-        )  # a picture, say: its type is all that can be compared safely
+        state.update(type(sample).__qualname__.encode())  # a picture, say: its type is all that can be compared safely

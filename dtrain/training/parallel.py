@@ -7,6 +7,7 @@ pass that computes nothing and exchanges nothing, in an order that is the same i
 """
 
 # No `from __future__ import annotations` here: DDP looks at the types that its hook is annotated with.
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +71,7 @@ def _settle(wrapped: DistributedDataParallel, exchange: _Exchange) -> None:
     own = vars(module).get("forward")
     parameters = [p for p in module.parameters() if p.requires_grad]
     exchange.off = True
-    module.forward = lambda: _Nothing.apply(*parameters)
+    module.forward = lambda: _nothing_of(parameters)
     try:
         wrapped().backward()
     finally:
@@ -81,14 +82,21 @@ def _settle(wrapped: DistributedDataParallel, exchange: _Exchange) -> None:
     wrapped.zero_grad(set_to_none=True)
 
 
-class _Nothing(torch.autograd.Function):
-    """Depends on all that it is given, with a gradient of zero."""
+def _nothing_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Depends on all parameters, with a gradient of zero, which reaches the last parameter first."""
+    chain = torch.zeros((), requires_grad=True)
+    for parameter in parameters:
+        chain = _Link.apply(chain, parameter)  # type: ignore[no-untyped-call]
+    return chain
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        ctx.parameter = parameter
+        return chain.clone()
 
     @staticmethod
-    def forward(ctx: Any, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.parameters = parameters
-        return parameters[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> Any:
-        return tuple(p.new_zeros(()).expand_as(p) for p in ctx.parameters)
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        zero = ctx.parameter.new_zeros(())
+        return gradients[0], zero.expand_as(ctx.parameter)

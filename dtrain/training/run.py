@@ -149,9 +149,8 @@ class Run:
                 if step.updated:
                     self._finish(step)
                 raise
-            step.check_done()
-            stop, save = step.flags
             self._finish(step)
+            stop, save = step.flags
             if stop:
                 break
             if save or self._policy.due_after(number):
@@ -188,6 +187,7 @@ class Run:
         return bool(self._stop or self._page.stop), self.is_first and self._policy.due_by_clock()
 
     def _finish(self, step: Step) -> None:
+        step.finish()
         self._done = self._page.step = step.number
         if self.is_first and step.number == self._page.best + 1 and self._generation:
             self._events.emit("caught_up", step=step.number, generation=self._generation)
@@ -245,9 +245,7 @@ class Run:
             pass
         found = json.loads(self._storage.read(CONFIG))
         differ = [
-            f"{name} was {found.get(name)!r}, is now {mine[name]!r}"
-            for name in mine
-            if found.get(name) != mine[name]
+            f"{name} was {found.get(name)!r}, is now {mine[name]!r}" for name in mine if found.get(name) != mine[name]
         ]
         if differ:
             raise ConfigError(

@@ -101,9 +101,7 @@ class Step:
         if not self._open:
             raise UsageError(f"step {self.number}: call backward once in each pass of step.micro_batches")
         if loss.numel() != 1:
-            raise UsageError(
-                f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum"
-            )
+            raise UsageError(f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum")
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise UsageError(f"step {self.number}: count={count!r} must be a whole number, 0 or more")
         self._open = False
@@ -151,8 +149,8 @@ class Step:
         if clip is not None:
             norm = get_total_norm(gradients) * factor
             factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
-        # One pass over the gradients, for the mean and the clipping.
-        torch._foreach_mul_(gradients, factor)
+        if gradients:  # one pass over them, for the mean and the clipping
+            torch._foreach_mul_(gradients, factor)
         if self._scaler is not None:
             self._scaler.step(optimizer)
         else:
@@ -186,10 +184,12 @@ class Step:
         self._wait()
         return bool(self._totals[2]), bool(self._totals[3])
 
-    def check_done(self) -> None:
+    def finish(self) -> None:
         """:raises UsageError: the loop's body has left something out."""
         if not self.updated:
             raise UsageError(f"step {self.number} ended without step.update(optimizer)")
+        if self._scaler is not None:
+            self._scaler.update()
 
     def _wait(self) -> None:
         if not self._work and not self.updated and self._backwards != len(self._block):
