@@ -63,4 +63,5 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    torch.cuda.init()
     return device

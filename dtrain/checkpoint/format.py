@@ -90,11 +90,17 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """:raises Damaged: it is no manifest, or one of a later version."""
+        """
+        :raises Damaged: it is no manifest.
+        :raises StateError: it is one of a later version.
+        """
         try:
             fields = json.loads(data)
             if fields["version"] > VERSION:
-                raise ValueError(f"version {fields['version']}, newer than this dtrain's {VERSION}")
+                raise StateError(
+                    f"the checkpoint's manifest is of version {fields['version']}, written by a newer dtrain; this one "
+                    f"knows versions up to {VERSION}: install the newer one, or start in another run folder"
+                )
             tensors = {
                 key: TensorItem(**{**item, "chunks": [Chunk(**chunk) for chunk in item["chunks"]]})
                 for key, item in fields.pop("tensors").items()
@@ -140,7 +146,7 @@ def digest(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -153,9 +159,10 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def flatten(tree: Tree) -> dict[str, tuple[tuple[str | int, ...], Any]]:
-    """The leaves of a tree by dotted name, each with its path; a list without a tensor in it is one leaf.
+    """The leaves of a tree by dotted name, each with its path; a list of plain values is one leaf.
 
-    These are the names that DCP gives to the same tree.
+    These are the names that DCP gives to the same tree (`torch.distributed.checkpoint._traverse`), but that DCP would
+    pickle a tuple with its tensors in it.
 
     :raises StateError: two leaves have the same name.
     """
@@ -165,7 +172,7 @@ def flatten(tree: Tree) -> dict[str, tuple[tuple[str | int, ...], Any]]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 visit((*path, str(key)), inner)
-        elif isinstance(value, list | tuple) and _holds_tensor(value):
+        elif _is_branch(value):
             for index, inner in enumerate(value):
                 visit((*path, index), inner)
         else:
@@ -176,6 +183,14 @@ def flatten(tree: Tree) -> dict[str, tuple[tuple[str | int, ...], Any]]:
 
     visit((), tree)
     return leaves
+
+
+def _is_branch(value: Any) -> bool:
+    if isinstance(value, list) and any(
+        isinstance(v, Mapping) or (isinstance(v, list) and _is_branch(v)) for v in value
+    ):
+        return True
+    return isinstance(value, list | tuple) and _holds_tensor(value)
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -196,11 +211,16 @@ def encode(tree: Tree, path: str = "") -> Any:
         case None | bool() | str():
             return tree
         case torch.Tensor():
+            if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
+                kind = "meta" if tree.is_meta else "quantized" if tree.is_quantized else dtype_name(tree.layout)
+                raise StateError(f"{path}: a {kind} tensor can't be saved; let state_dict() return a plain one")
             return {"$tensor": path}
         case np.generic() | np.ndarray():
             array = np.asarray(tree)
-            if array.dtype.hasobject:
-                raise StateError(f"{path}: a numpy array of objects can't be saved; make it one of numbers")
+            if array.dtype.hasobject or array.dtype.names or isinstance(tree, np.ma.MaskedArray):
+                raise StateError(
+                    f"{path}: a numpy array of {array.dtype} can't be saved; make it a plain one of numbers"
+                )
             data = base64.b64encode(array.tobytes()).decode()
             return {"$numpy": [array.dtype.str, None if isinstance(tree, np.generic) else array.shape, data]}
         case int() | float() if type(tree) in (int, float):
@@ -217,16 +237,24 @@ def encode(tree: Tree, path: str = "") -> Any:
         case list():
             return [encode(value, f"{at}{i}") for i, value in enumerate(tree)]
         case set() | frozenset():
-            return {"$set": sorted((encode(value, path) for value in tree), key=repr)}
+            kind = "$set" if isinstance(tree, set) else "$frozenset"
+            return {kind: sorted((_encode_hashed(value, path) for value in tree), key=repr)}
         case Mapping():
             if all(isinstance(key, str) and not key.startswith("$") for key in tree):
                 return {key: encode(value, f"{at}{key}") for key, value in tree.items()}
-            items = [[encode(key, path), encode(value, f"{at}{key}")] for key, value in tree.items()]
+            items = [[_encode_hashed(key, path), encode(value, f"{at}{key}")] for key, value in tree.items()]
             return {"$items": items}
     raise StateError(
         f"{path}: a {type(tree).__qualname__} can't be saved without pickle; let state_dict() return numbers, "
         "texts, tensors, and lists, tuples and dicts of them"
     )
+
+
+def _encode_hashed(value: Any, path: str) -> Any:
+    """A dict's key or a set's element: a tensor there has no name that it could be found by."""
+    if isinstance(value, torch.Tensor) or _holds_tensor(value):
+        raise StateError(f"{path}: a tensor in a set, or as a key, can't be saved; keep it in a list or as a value")
+    return encode(value, path)
 
 
 def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Tree:
@@ -262,6 +290,8 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Tree:
             return tuple(inner(v) for v in items)
         case {"$set": list(items)}:
             return {inner(v) for v in items}
+        case {"$frozenset": list(items)}:
+            return frozenset(inner(v) for v in items)
         case {"$items": list(items)}:
             return {inner(k): inner(v) for k, v in items}
     if any(key.startswith("$") for key in value):

@@ -67,10 +67,10 @@ class Manager:
                 self._events.warn(f"{self._storage.root}/{broken}: passed over")
             self._storage.sweep("log")
             whole = {e.attempt for e in self._log.commits()} | {e.attempt for e in self._log.bad()}
-            for name in self._storage.names(CHECKPOINTS) if not self._log.broken else ():
+            for name in self._storage.names(CHECKPOINTS):
                 # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
-                # And none at all when an entry can't be read, which may have been a commit.
-                if name not in whole and 0 <= _epoch_of(name) < claim.epoch:
+                # And none at all while an entry can't be read, since that may be the commit of any of them.
+                if name not in whole and 0 <= _epoch_of(name) < claim.epoch and not self._log.broken:
                     self._storage.remove(f"{CHECKPOINTS}/{name}")
             return claim
 

@@ -6,6 +6,7 @@ numbers, so that it means the same under any layout; everything else goes throug
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -91,6 +92,12 @@ class State:
                 value.set_state(tree[name]["state"])
             elif isinstance(value, Optimizer):
                 self._load_optimizer(name, value, tree[name])
+            elif isinstance(value, nn.Module):
+                # A state dict tells the modules' versions in an attribute; without it they would take what was
+                # saved for the oldest form of it, and convert it.
+                saved = OrderedDict(tree[name])
+                saved._metadata = getattr(value.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+                value.load_state_dict(saved)
             else:
                 value.load_state_dict(tree[name])
         position: dict[str, Any] = tree[RUN]
@@ -114,6 +121,7 @@ class State:
     def _load_optimizer(self, name: str, optimizer: Optimizer, saved: dict[str, Any]) -> None:
         names = self._parameter_names(name, optimizer)
         index_of = {parameter_name: index for index, parameter_name in enumerate(names.values())}
+        options = [set(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(
             {
                 "state": {index_of[key]: kept for key, kept in saved["state"].items()},
@@ -122,6 +130,12 @@ class State:
                 ],
             }
         )
+        for number, (before, group) in enumerate(zip(options, optimizer.param_groups, strict=True)):
+            if missing := sorted(before - set(group)):
+                raise StateError(
+                    f"{name}: saved by another kind of optimizer than a {type(optimizer).__qualname__}: group {number} "
+                    f"was saved without {', '.join(missing)}"
+                )
         # load_state_dict casts to the parameter's type; what was kept in another one comes back as it was.
         for parameter, parameter_name in names.items():
             for key, value in saved["state"].get(parameter_name, {}).items():
@@ -171,6 +185,9 @@ class State:
         # An optimizer that differs because its model does would only repeat the model's list.
         for name, value in self.objects.items() if not lines else ():
             if isinstance(value, Optimizer):
+                if not isinstance(manifest.tree[name], dict) or "param_groups" not in manifest.tree[name]:
+                    lines.append(f"{name}: an optimizer now, but something else was saved")
+                    continue
                 saved_groups = [set(group["params"]) for group in manifest.tree[name]["param_groups"]]
                 groups = [set(group["params"]) for group in self._state_of(name)["param_groups"]]
                 if len(saved_groups) != len(groups):

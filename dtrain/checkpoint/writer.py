@@ -168,7 +168,8 @@ def _write_item(sink: Sink, file: str, offset: int, item: WriteItem, planner: Sa
 
 def _frame(tensor: torch.Tensor) -> memoryview:
     """What `torch.save` makes of a tensor: a zip file in which the tensor's bytes lie as they are."""
-    tensor = tensor.detach().cpu().contiguous()
+    # A conjugate or negative view says so beside its bytes, where only an unpickler would look.
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
         tensor = tensor.clone()  # torch.save writes the whole storage, of which a view is only a part
     stream = io.BytesIO()

@@ -36,6 +36,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import tyro
+import xxhash
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -190,6 +191,10 @@ class Windows(Dataset[Tensor]):
         starts = np.asarray(indices, dtype=np.int64) * self.context
         windows = self.corpus[starts[:, None] + np.arange(self.context + 1)]
         return list(torch.from_numpy(windows))
+
+    def fingerprint(self) -> str:
+        """Tells this text from another of the same length; dtrain saves it with the position in the data."""
+        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.corpus).data)
 
 
 def collate(samples: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

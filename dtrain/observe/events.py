@@ -10,6 +10,7 @@ line, so every reader skips what is no JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
-_FLUSH_S = 1.0
+_FLUSH_S = 0.2
 
 
 class Events:
@@ -32,11 +33,12 @@ class Events:
     def emit(self, event: str, **fields: Any) -> None:
         line = json.dumps({"time": time.time(), "event": event} | fields) + "\n"
         # One write with O_APPEND: lines of several processes don't mix.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # a full disk, say, of which the log will speak
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line.encode())
+            finally:
+                os.close(descriptor)
 
     def warn(self, message: str) -> None:
         """Record a warning and show it."""
@@ -45,7 +47,7 @@ class Events:
 
 
 class Metrics:
-    """Appends the values of each step; in memory for at most a second."""
+    """Appends the values of each step; in memory for at most a fifth of a second."""
 
     def __init__(self, root: str) -> None:
         self._file = (Path(root) / METRICS).open("ab", buffering=1 << 16)

@@ -27,6 +27,7 @@ class Progress:
         self._total = total
         self._unit = unit
         self._committed = done
+        self._loss = ""
         self._count = 0.0
         self._started = self._logged = time.monotonic()
         self._bar = tqdm(
@@ -36,28 +37,32 @@ class Progress:
             dynamic_ncols=True,
             leave=True,
             disable=not sys.stderr.isatty(),
-            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {postfix} left {remaining}",
+            # tqdm puts a comma before the postfix; the bar takes what room is left in the line.
+            bar_format="step {n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|",
         )
 
     def step(self, step: int, loss: float, count: float) -> None:
         """A step is done: its mean loss, and how much it counted."""
         self._count += count
-        text = self._text(loss)
+        self._loss = f"loss {loss:.4f}"
+        text = self._text()
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
         elif time.monotonic() - self._logged > _LOG_EVERY_S:
             self._logged = time.monotonic()
-            say(f"step {step}/{self._total} {text}")
+            say(f"step {step}/{self._total}, {text}")
 
     def committed(self, step: int) -> None:
         self._committed = step
+        if not self._bar.disable and self._loss:
+            self._bar.set_postfix_str(self._text())
 
     def close(self) -> None:
         self._bar.close()
 
-    def _text(self, loss: float) -> str:
+    def _text(self) -> str:
         rate = self._count / max(time.monotonic() - self._started, 1e-9)
         speed = f"{rate / 1000:.1f}k" if rate >= 10_000 else f"{rate:.0f}"
         commit = f"committed {self._committed}" if self._committed else "nothing committed"
-        return f"loss {loss:.4f}  {speed} {self._unit}/s  {commit} "
+        return f"{self._loss}, {speed} {self._unit}/s, {commit}"

@@ -54,7 +54,8 @@ class LocalStorage:
                 "its permissions"
             ) from error
         finally:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it would hide the error above
+                probe.unlink()
 
     def create(self, path: str, data: bytes) -> None:
         target = self._path(path)

@@ -7,6 +7,7 @@ epoch, and the number of samples consumed is all that a checkpoint has to rememb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -73,20 +74,20 @@ class Data:
         """Whole epochs that have been used after so many steps."""
         return step * self._config.global_batch // self._length
 
-    def ids(self, step: int, micro_batch: int) -> Ids:
-        """The samples of a micro-batch, in order. Steps count from 1, micro-batches from 0."""
+    def ids(self, step: int, micro_batches: range) -> Ids:
+        """The samples of some of a step's micro-batches, a row for each. Steps count from 1, micro-batches from 0."""
         config = self._config
-        first = (step - 1) * config.global_batch + micro_batch * config.micro_batch
-        positions = np.arange(first, first + config.micro_batch, dtype=np.int64)
-        if not self._shuffle:
-            return positions % self._length
-        ids = np.empty_like(positions)
-        epochs = positions // self._length
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            key = derive(config.seed, "order", epoch)
-            ids[here] = permute(positions[here] % self._length, self._length, key)
-        return ids
+        first = (step - 1) * config.global_batch
+        positions = np.arange(
+            first + micro_batches.start * config.micro_batch, first + micro_batches.stop * config.micro_batch
+        )
+        ids = positions % self._length
+        if self._shuffle:
+            epochs = positions // self._length
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+                here = epochs == epoch
+                ids[here] = permute(ids[here], self._length, derive(config.seed, "order", epoch))
+        return ids.reshape(len(micro_batches), config.micro_batch)
 
     def load(self, ids: Ids) -> Any:
         """The batch of these samples, on the run's device."""
@@ -124,7 +125,7 @@ def permute(positions: Ids, length: int, key: int, rounds: int = 6) -> Ids:
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = [np.uint64(derive(key, "round", number)) for number in range(rounds)]
+    keys = _round_keys(key, rounds)
     out = positions.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)
     while outside.any():
@@ -134,6 +135,11 @@ def permute(positions: Ids, length: int, key: int, rounds: int = 6) -> Ids:
         out[outside] = (left << half) | right
         outside = out >= length
     return out.astype(np.int64)
+
+
+@functools.lru_cache
+def _round_keys(key: int, rounds: int) -> list[np.uint64]:
+    return [np.uint64(derive(key, "round", number)) for number in range(rounds)]
 
 
 def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

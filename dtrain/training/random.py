@@ -21,8 +21,11 @@ def derive(*place: int | str) -> int:
 
 
 def set_generators(*place: int | str) -> None:
-    """Set the generators of torch (all devices), numpy and Python."""
+    """Set the generators of torch (CPU and, where there is one, GPU), numpy and Python."""
     seed = derive(*place)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed, which asks for every kind of device that there could be: half a millisecond a call.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)

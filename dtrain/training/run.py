@@ -6,6 +6,7 @@ It ties the loop to everything else: the ranks, the data, the checkpoints, and t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -201,6 +202,7 @@ class Run:
         self._events.emit(
             "started",
             rank=self.rank,
+            pid=os.getpid(),
             world_size=self.world_size,
             generation=self._generation,
             epoch=self._manager.epoch,

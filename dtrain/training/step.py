@@ -70,8 +70,10 @@ class Step:
         """The batches of this rank's block. Random numbers in the loop's body follow from the micro-batch alone."""
         if self._backwards:
             raise UsageError(f"step {self.number}: micro_batches was gone through before; do so once a step")
-        for index in self._block:
-            batch = self._load(data, index)
+        for index, ids in zip(self._block, data.ids(self.number, self._block), strict=True):
+            set_generators(self._seed, self.number, index, "data")
+            batch = data.load(ids)
+            set_generators(self._seed, self.number, index)
             with contextlib.ExitStack() as stack:
                 if index != self._block[-1]:  # gradients are exchanged once, with the last backward pass
                     for model in self._wrapped:
@@ -84,12 +86,6 @@ class Step:
                         "one needs it, or the other ranks would wait for this one"
                     )
         set_generators(self._seed, self.number, "update")
-
-    def _load(self, data: Data, index: int) -> Any:
-        set_generators(self._seed, self.number, index, "data")
-        batch = data.load(data.ids(self.number, index))
-        set_generators(self._seed, self.number, index)
-        return batch
 
     def backward(self, loss: torch.Tensor, *, count: int) -> None:
         """Add the gradients of one micro-batch.

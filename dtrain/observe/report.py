@@ -1,0 +1,146 @@
+"""What a run went through, read off its events and metrics.
+
+    history("runs/gpt").failures        who failed, why, and what it cost
+    losses("runs/gpt")                  the loss of every step
+
+Both may be called while the run is still going on: what has not happened yet is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dtrain.observe.events import EVENTS, METRICS, read_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """One rank's process, in one generation."""
+
+    time: float
+    """When it had joined the others, as Unix time in seconds, like all times here."""
+    rank: int
+    pid: int
+    world_size: int
+    epoch: int
+    """Of the generation in the commit log: it rises with every start of the ranks, of whatever kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """A checkpoint that was whole and durable at `time`."""
+
+    time: float
+    step: int
+    seconds: float
+    """How long it took to write."""
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The end of a generation, and the way back from it."""
+
+    time: float
+    """When it was noticed."""
+    rank: int
+    """The rank that failed first."""
+    cause: str
+    """One line, such as `killed by SIGKILL`."""
+    step: int
+    """The last step that this rank had finished."""
+    restored: int | None = None
+    """The step that the next generation started from; 0 where there was no checkpoint yet."""
+    restored_at: float | None = None
+    """When that one's state was loaded on all ranks; None too where there was nothing to load."""
+    caught_up: int | None = None
+    """The first step that was new: none before the failure had been as far."""
+    caught_up_at: float | None = None
+    """When that step was finished."""
+
+    @property
+    def lost_steps(self) -> int | None:
+        """Steps that had been done and were done again."""
+        return None if self.restored is None else max(0, self.step - self.restored)
+
+    @property
+    def back_after_s(self) -> float | None:
+        """From the notice to the end of the first step that was new."""
+        return None if self.caught_up_at is None else self.caught_up_at - self.time
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The events of a run, in the order in which they happened."""
+
+    trainers: list[Trainer] = field(default_factory=list)
+    commits: list[Commit] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def alive(self, rank: int) -> Trainer | None:
+        """A rank's newest trainer, unless a failure has ended it since, or its generation is still gathering."""
+        newest = max((trainer.epoch for trainer in self.trainers), default=0)
+        group = [trainer for trainer in self.trainers if trainer.epoch == newest]
+        if not group or len(group) < group[0].world_size:
+            return None
+        if self.failures and self.failures[-1].time > max(trainer.time for trainer in group):
+            return None
+        return next((trainer for trainer in group if trainer.rank == rank), None)
+
+
+def history(run: str | Path) -> History:
+    """Read a run folder's events. An empty history if it has none yet."""
+    found = History()
+    for line in read_lines(Path(run) / EVENTS):
+        try:
+            _add(found, line)
+        except (KeyError, TypeError):  # a line of another version: it says something that isn't asked here
+            continue
+    return found
+
+
+def losses(run: str | Path) -> dict[int, float]:
+    """The loss of every step that was written down, by step; of one that was done again, the last."""
+    found: dict[int, float] = {}
+    for line in read_lines(Path(run) / METRICS):
+        if isinstance(line.get("step"), int) and isinstance(line.get("loss"), int | float):
+            found[line["step"]] = float(line["loss"])
+    return dict(sorted(found.items()))
+
+
+def _add(found: History, line: dict[str, Any]) -> None:
+    """Add one event; what brings the run back is added to the failures that it is still coming back from."""
+    time = float(line["time"])
+    match line["event"]:
+        case "started":
+            found.trainers.append(
+                Trainer(
+                    time=time,
+                    rank=line["rank"],
+                    pid=line["pid"],
+                    world_size=line["world_size"],
+                    epoch=line["epoch"],
+                )
+            )
+        case "committed":
+            found.commits.append(
+                Commit(time=time, step=line["step"], seconds=line["seconds"], bytes=line["bytes"]),
+            )
+        case "failed":
+            found.failures.append(Failure(time=time, rank=line["rank"], cause=line["cause"], step=line["step"]))
+        case "restored":
+            for index, failure in enumerate(found.failures):
+                if failure.restored is None:
+                    found.failures[index] = replace(failure, restored=line["step"], restored_at=time)
+        case "caught_up":
+            for index, failure in enumerate(found.failures):
+                if failure.caught_up is None:
+                    restored = 0 if failure.restored is None else failure.restored
+                    found.failures[index] = replace(
+                        failure, restored=restored, caught_up=line["step"], caught_up_at=time
+                    )
+        case "warning":
+            found.warnings.append(str(line["message"]))
