@@ -69,9 +69,7 @@ def upward_imports(path: PurePath, source: str) -> list[str]:
 def test_every_module_imports_only_from_its_own_layer_and_those_below() -> None:
     files = sorted((ROOT / "dtrain").rglob("*.py"))
     assert files, "no module found: the check would hold of nothing"
-    assert [
-        fault for file in files for fault in upward_imports(file.relative_to(ROOT), file.read_text("utf-8"))
-    ] == []
+    assert [fault for file in files for fault in upward_imports(file.relative_to(ROOT), file.read_text("utf-8"))] == []
 
 
 @pytest.mark.parametrize(

@@ -156,9 +156,14 @@ class Group:
         return Outcome(**json.loads(self._board.get(f"{generation}/outcome")))
 
     def watch(self, generation: int) -> int:
-        """Block until a generation is settled. For a process of its own: it takes a connection of its own."""
-        store = dist.PrefixStore(self._prefix, self._connect())
-        store.wait([f"{generation}/outcome"], _FOREVER)
+        """Block until a generation is settled. For a process of its own: it takes a connection of its own.
+
+        :returns: 0, or 1 if the store is gone.
+        """
+        try:
+            dist.PrefixStore(self._prefix, self._connect()).wait([f"{generation}/outcome"], _FOREVER)
+        except dist.DistError:
+            return 1
         return 0
 
     def trainers_store(self, generation: int) -> dist.Store:

@@ -54,6 +54,7 @@ class Supervisor:
         self._best = 0
         self._stalled = 0
         self._trainer: Child | None = None
+        self._watcher: Child | None = None
         self._said = ""
         """The last traceback that was shown: the same one isn't shown again."""
 
@@ -91,14 +92,15 @@ class Supervisor:
         trainer = fork(lambda: self._train(group, generation, saying))
         self._trainer = trainer
         os.close(saying)
-        watcher = fork(lambda: group.watch(generation)) if self._placement.world_size > 1 else None
         try:
-            return self._wait(group, generation, trainer, watcher, said)
+            return self._wait(group, generation, trainer, said)
         finally:
             os.close(said)
-            for child in (trainer, watcher):
-                if child is not None:
-                    child.kill()
+            trainer.kill()
+            self._trainer = None
+            if self._watcher is not None:
+                self._watcher.kill()
+                self._watcher = None
 
     def _train(self, group: Group, generation: int, saying: int) -> int:
         """The trainer's whole life. Why it failed goes through the pipe, while its peers still see it alive."""
@@ -125,34 +127,41 @@ class Supervisor:
         time.sleep(_VICTIM_WAIT_S + 5)  # killed long before; its connections must not break first
         return 1
 
-    def _wait(self, group: Group, generation: int, trainer: Child, watcher: Child | None, said: int) -> Outcome:
+    def _wait(self, group: Group, generation: int, trainer: Child, said: int) -> Outcome:
         """Block until the generation is settled, by us or by another rank's supervisor."""
         poll = select.poll()
-        for descriptor in (trainer.pidfd, said) + ((watcher.pidfd,) if watcher else ()):
+        for descriptor in (trainer.pidfd, said):
             poll.register(descriptor, select.POLLIN)
         failure: dict[str, Any] = {}
         patience: float | None = None
         while True:
+            if self._watcher is None and self._placement.world_size > 1:
+                self._watcher = fork(lambda: group.watch(generation))
+                poll.register(self._watcher.pidfd, select.POLLIN)
             ready = {descriptor for descriptor, _ in poll.poll(patience)}
-            if watcher is not None and watcher.pidfd in ready:
-                if watcher.wait() != 0:
-                    raise ConnectionError("lost torchrun's store, or the process that watches it")
-                return group.outcome(generation)
-            if said in ready:
+            if self._watcher is not None and self._watcher.pidfd in ready:
+                poll.unregister(self._watcher.pidfd)
+                code = self._watcher.wait()
+                if code == 0:
+                    return group.outcome(generation)
+                if code > 0:
+                    raise ConnectionError("torchrun's store is gone")
+                self._watcher = None  # somebody killed it: another one will be told the same
+            elif said in ready:
                 poll.unregister(said)
                 failure = _read(said)
-                if failure.get("victim") and watcher is not None:
+                if failure.get("victim") and self._placement.world_size > 1:
                     patience = 1000 * _VICTIM_WAIT_S
-                    continue
+                elif failure:
+                    return self._fail(group, generation, failure)
             elif trainer.pidfd in ready and not failure:
                 poll.unregister(trainer.pidfd)
                 code = trainer.wait()
-                if code == 0:
-                    if group.finished(generation):
-                        return group.settle(generation, Outcome(kind="done"))
-                    continue
-                failure = {"cause": _describe(code)}
-            if failure:
+                if code != 0:
+                    return self._fail(group, generation, {"cause": _describe(code)})
+                if group.finished(generation):
+                    return group.settle(generation, Outcome(kind="done"))
+            elif failure:  # nobody else has owned up, or the trainer has ended meanwhile
                 return self._fail(group, generation, failure)
 
     def _fail(self, group: Group, generation: int, failure: dict[str, Any]) -> Outcome:

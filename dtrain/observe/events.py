@@ -58,16 +58,19 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         line = {"step": step, "time": time.time()} | values
-        self._file.write(json.dumps(line).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            self._file.write(json.dumps(line).encode() + b"\n")
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        self._file.flush()
+        with contextlib.suppress(OSError):  # what doesn't fit stays in memory for the next time
+            self._file.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

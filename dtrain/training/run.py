@@ -59,6 +59,7 @@ class Run:
         self._started = False
         self._done = 0
         self._saved = -1
+        self._step: Step | None = None
         self._progress: Progress | None = None
         self._metrics: Metrics | None = None
         config.check_world(self.world_size)
@@ -144,6 +145,7 @@ class Run:
                 scaler=scaler,
                 ask=self._ask,
             )
+            self._step = step
             try:
                 yield step
             except GeneratorExit:  # the loop was left; its last step counts if the weights are those after it
@@ -163,6 +165,13 @@ class Run:
 
         :raises SaveError: it could not be written; the commit before stands.
         """
+        step = self._step
+        if step is not None and step.number > self._done:  # called inside the loop
+            if not step.updated:
+                raise UsageError(
+                    f"step {step.number}: save comes after step.update, when the weights are those after it"
+                )
+            self._finish(step)
         if self._saved == self._done:
             return
         if self._metrics is not None:
@@ -177,6 +186,8 @@ class Run:
 
     def close(self) -> None:
         """Save what isn't saved yet, and end the progress line. Called at the end of the loop and of the main."""
+        if self._step is not None and not self._step.updated:  # the loop was left in the middle of a step
+            self._step = None
         if self._started and self._done > 0:
             self.save()
         if self._progress is not None:
@@ -188,6 +199,8 @@ class Run:
         return bool(self._stop or self._page.stop), self.is_first and self._policy.due_by_clock()
 
     def _finish(self, step: Step) -> None:
+        if self._done == step.number:  # by a save inside the loop
+            return
         step.finish()
         self._done = self._page.step = step.number
         if self.is_first and step.number == self._page.best + 1 and self._generation:

@@ -1,0 +1,35 @@
+"""Runs that nothing happened to, for the others to be compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests import evidence
+from tests.evidence import Evidence
+from tests.jobs import start
+from tests.train_job import Options
+
+STEPS = 60
+
+Undisturbed = Callable[[int], Evidence]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The evidence of an undisturbed run of `STEPS` steps on so many ranks; each is run once."""
+
+    @cache
+    def of(ranks: int) -> Evidence:
+        folder = tmp_path_factory.mktemp(f"undisturbed-{ranks}-")
+        options = Options(run=str(folder / "run"), evidence=str(folder / "evidence"), steps=STEPS, step_s=0.0)
+        with start(options, ranks) as job:
+            assert job.wait() == 0, job.tail()
+        found = evidence.of_run(options)
+        evidence.assert_each_once_an_epoch(found)
+        evidence.assert_nothing_left(options)
+        return found
+
+    return of

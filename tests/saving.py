@@ -1,0 +1,121 @@
+"""Saving and restoring without a training loop, for the tests of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.manager import CHECKPOINTS, Manager, Restored
+from dtrain.checkpoint.state import State
+from dtrain.observe.events import EVENTS, Events, read_lines
+from dtrain.storage.local import LocalStorage
+
+
+class Kept:
+    """A user's object: keeps what it is given."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        return self.value
+
+    def load_state_dict(self, value: Any) -> None:
+        self.value = value
+
+
+class Saver:
+    """One generation that has claimed a run folder. All ranks must make it."""
+
+    def __init__(self, root: Path, keep_last: int = 3, **objects: Any) -> None:
+        storage = LocalStorage(str(root))
+        storage.prepare()
+        self.manager = Manager(storage, keep_last, Events(str(root)))
+        self.manager.claim()
+        self.state = State()
+        self.state.track(objects)
+
+    def save(self, step: int) -> None:
+        self.manager.save(self.state, step, {"step": step})
+
+    def restore(self) -> Restored | None:
+        return self.manager.restore(self.state)
+
+
+def save(root: Path, step: int = 1, **objects: Any) -> None:
+    Saver(root, **objects).save(step)
+
+
+def restore(root: Path, **objects: Any) -> int | None:
+    """The step that was restored; None if there is none."""
+    restored = Saver(root, **objects).restore()
+    return None if restored is None else restored.step
+
+
+def round_trip(root: Path, value: Any) -> Any:
+    """What a user's object gets back of `value`, in a new generation."""
+    save(root, kept=Kept(value))
+    kept = Kept()
+    assert restore(root, kept=kept) == 1
+    return kept.value
+
+
+def log_of(root: Path) -> Log:
+    log = Log(LocalStorage(str(root)))
+    log.refresh()
+    return log
+
+
+def commits(root: Path) -> list[int]:
+    return [entry.step for entry in log_of(root).commits()]
+
+
+def bad(root: Path) -> list[Entry]:
+    return [entry for entry in log_of(root).entries if entry.kind == "bad"]
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the newest attempt at a step."""
+    entry = [e for e in log_of(root).entries if e.kind == "commit" and e.step == step][-1]
+    return root / CHECKPOINTS / entry.attempt
+
+
+def warnings(root: Path) -> list[str]:
+    return [line["message"] for line in read_lines(root / EVENTS) if line["event"] == "warning"]
+
+
+def differences(one: Any, other: Any, at: str = "") -> Iterator[str]:
+    """Where two trees differ in type, shape or any bit."""
+    if type(one) is not type(other):
+        yield f"{at}: {type(one)} and {type(other)}"
+    elif isinstance(one, torch.Tensor):
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or bits(one) != bits(other):
+            yield f"{at}: {one} and {other}"
+    elif isinstance(one, np.ndarray | np.generic):
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or one.tobytes() != other.tobytes():
+            yield f"{at}: {one!r} and {other!r}"
+    elif isinstance(one, dict):
+        if list(one) != list(other):
+            yield f"{at}: the keys {list(one)} and {list(other)}"
+        for key in one.keys() & other.keys():
+            yield from differences(one[key], other[key], f"{at}.{key}")
+    elif isinstance(one, list | tuple):
+        if len(one) != len(other):
+            yield f"{at}: {len(one)} and {len(other)} items"
+        for index, (a, b) in enumerate(zip(one, other, strict=False)):
+            yield from differences(a, b, f"{at}.{index}")
+    elif isinstance(one, set | frozenset):
+        if one != other:
+            yield f"{at}: {one} and {other}"
+    elif repr(one) != repr(other):  # nan is not equal to itself, and 0.0 is to -0.0
+        yield f"{at}: {one!r} and {other!r}"
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

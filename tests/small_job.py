@@ -1,0 +1,97 @@
+"""A small training script, run by the tests as a user would run it: `python small_job.py DIR [--option ...]`.
+
+What goes wrong in it is asked for by options. It prints one line a step on rank 0: `step N LOSS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import dtrain
+from dtrain.errors import ConfigError
+
+
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(100))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("dir")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--global-batch", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", default="2")
+    parser.add_argument("--option", nargs=2, default=())
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--first-sample", type=float, default=0.0)
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--fail-at", type=int, default=-1, help="step of an exception; 0 is before the first")
+    parser.add_argument("--fail-rank", type=int, default=0)
+    parser.add_argument("--exit-at", type=int, default=-1)
+    for flag in ("--thread", "--iterable", "--in-place"):
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_args()
+
+
+def fail(step: int, rank: int) -> None:
+    raise ArithmeticError(f"planted at step {step} on rank {rank}")
+
+
+def main(run: dtrain.Run) -> None:
+    def maybe(step: int) -> None:
+        if step == args.fail_at and run.rank == args.fail_rank:
+            fail(step, run.rank)
+        if step == args.exit_at:
+            sys.exit(7)
+
+    model = run.parallelize(nn.Linear(args.width, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    samples = torch.randn(args.samples, args.width, generator=generator)
+    samples[:1, :1] += args.first_sample
+    dataset: Any = Endless() if args.iterable else TensorDataset(samples)
+    data = run.data(dataset)
+    run.track(model=model, optimizer=optimizer)
+    maybe(0)
+    for step in run.steps(args.steps):
+        maybe(step.number)
+        for (x,) in step.micro_batches(data):
+            step.backward(model(x).square().sum(), count=len(x))
+        step.update(optimizer)
+        time.sleep(args.step_s)
+        if run.is_first:
+            print(f"step {step.number} {step.loss}", flush=True)
+
+
+if __name__ == "__main__":
+    args = parsed()
+    options: dict[str, Any] = {
+        "dir": args.dir,
+        "global_batch": args.global_batch,
+        "micro_batch": args.micro_batch,
+        "seed": args.seed,
+        "save_every": args.save_every,
+    }
+    options |= dict([args.option]) if args.option else {}
+    try:
+        config = dtrain.Config(**options)
+    except ConfigError as error:
+        sys.exit(f"ConfigError: {error}")
+    if args.thread:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True, name="early bird").start()
+    dtrain.launch(main, config, in_place=args.in_place)
+    Path(args.dir, "came-back").touch()

@@ -1,0 +1,121 @@
+"""Whatever is killed, and whenever: the run goes on by itself or where it's started again, and ends with the bits of
+the run that nothing happened to.
+
+Each test compares the weights, the optimizer's state, every step's loss and every sample that was used with those of
+the undisturbed run, and looks for processes and files that were left behind.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests import evidence, kills
+from tests.conftest import STEPS, Undisturbed
+from tests.jobs import Job, read_lines, start
+from tests.train_job import Options
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(run=str(tmp_path / "run"), evidence=str(tmp_path / "evidence"), steps=STEPS)
+
+
+def assert_ended_as(job: Job, undisturbed: Undisturbed, ranks: int) -> None:
+    """Wait for the end of a job; nothing may tell it from the undisturbed one."""
+    assert job.wait() == 0, job.tail()
+    evidence.assert_same(evidence.of_run(job.options), undisturbed(ranks))
+    evidence.assert_nothing_left(job.options)
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 1), (3, 2)])
+def test_a_killed_rank_changes_no_bit(options: Options, undisturbed: Undisturbed, ranks: int, seed: int) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        for count in (1, 1, 2, 1, ranks):  # so many at once
+            kills.trainers(job, dice, count)
+        assert_ended_as(job, undisturbed, ranks)
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 5), (3, 6)])
+def test_ranks_killed_in_the_middle_of_a_save_change_no_bit(
+    options: Options, undisturbed: Undisturbed, ranks: int, seed: int
+) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        kills.in_a_save(job, dice, 0)
+        kills.in_a_save(job, dice, ranks - 1)
+        kills.in_a_save(job, dice, *range(ranks))
+        assert_ended_as(job, undisturbed, ranks)
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 7), (3, 8)])
+def test_ranks_killed_before_their_first_step_change_no_bit(
+    options: Options, undisturbed: Undisturbed, ranks: int, seed: int
+) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        kills.before_its_first_step(job, dice, 1)
+        kills.after_the_fork(job, dice, 0)
+        kills.after_the_fork(job, dice, ranks - 1)
+        kills.before_its_first_step(job, dice, 0)
+        assert_ended_as(job, undisturbed, ranks)
+
+
+def test_a_rank_that_raises_an_error_is_started_again_and_changes_no_bit(
+    tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    options = Options(
+        run=str(tmp_path / "run"), evidence=str(tmp_path / "evidence"), steps=STEPS, raise_at=13, raise_rank=1
+    )
+    with start(options, 3) as job:
+        assert_ended_as(job, undisturbed, 3)
+        assert "rank 1 failed after step 12: RuntimeError: an error in the user's own code" in job.tail()
+        assert job.tail().count("Traceback") == 1, "the other ranks' errors are its outcome, and not worth a word"
+
+
+@pytest.mark.parametrize(("ranks", "seed", "killed"), [(2, 9, (0,)), (3, 10, (2, 0))])
+def test_a_killed_supervisor_changes_no_bit(
+    options: Options, undisturbed: Undisturbed, ranks: int, seed: int, killed: tuple[int, ...]
+) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks, restarts=len(killed)) as job:
+        for rank in killed:
+            kills.a_supervisor(job, dice, rank)
+        assert_ended_as(job, undisturbed, ranks)
+
+
+def test_a_killed_watcher_changes_no_bit(options: Options, undisturbed: Undisturbed) -> None:
+    dice = random.Random(11)
+    with start(options, 3, restarts=1) as job:
+        kills.a_watcher(job, dice, 2)
+        assert_ended_as(job, undisturbed, 3)
+
+
+def test_all_ends_with_a_killed_agent_and_goes_on_when_it_is_started_again(
+    options: Options, undisturbed: Undisturbed
+) -> None:
+    dice = random.Random(12)
+    with start(options, 3) as job:
+        kills.trainers(job, dice)
+        kills.the_agent(job, dice)
+    with start(options, 3) as job:
+        kills.trainers(job, dice)
+        assert_ended_as(job, undisturbed, 3)
+
+
+def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
+    options: Options, undisturbed: Undisturbed
+) -> None:
+    dice = random.Random(13)
+    run = Path(options.run)
+    with start(options, 3) as job:
+        job.until("commit", lambda: evidence.committed(run))
+        kills.everything_in_a_save(job, dice)
+    saved = max(int(attempt.split(".")[0].removeprefix("step-")) for attempt in evidence.committed(run))
+    with start(options, 3) as job:
+        assert_ended_as(job, undisturbed, 3)
+    trace = read_lines(Path(options.evidence) / "trace-0.jsonl")
+    assert min(line["step"] for line in trace if line["pid"] in job.born_here()) == saved + 1

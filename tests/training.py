@@ -1,0 +1,73 @@
+"""A small run in the test's own forked ranks, without a supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dtrain
+from dtrain.elastic.process import Page
+
+SAMPLES = 40
+
+
+@contextmanager
+def opened(root: Path, page: Page | None = None, **options: Any) -> Iterator[dtrain.Run]:
+    """A run in this process, which is one rank of a group."""
+    options = {"global_batch": 8, "micro_batch": 2, "save_every": 1000} | options
+    config = dtrain.Config(dir=str(root), **options)
+    run = dtrain.Run(config, 0, torch.device("cpu"), 0, page or Page.shared())
+    yield run
+    run.close()
+
+
+def dataset(samples: int = SAMPLES) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(samples, 4, generator=generator), torch.arange(samples))
+
+
+def built(run: dtrain.Run, dropout: float = 0.0, samples: int = SAMPLES) -> tuple[nn.Module, Any, dtrain.Data]:
+    bare = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    model = run.parallelize(bare)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    data = run.data(dataset(samples))
+    run.track(model=model, optimizer=optimizer)
+    return model, optimizer, data
+
+
+def train(
+    root: Path,
+    steps: int,
+    *,
+    page: Page | None = None,
+    seen: Callable[[dtrain.Run, dtrain.Step], None] = lambda run, step: None,
+    counted: Callable[[torch.Tensor], torch.Tensor] = lambda ids: ids >= 0,
+    dropout: float = 0.0,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """The weights after so many steps. Of each sample that is counted, the loss is the square of the output."""
+    with opened(root, page, **options) as run:
+        model, optimizer, data = built(run, dropout)
+        for step in run.steps(steps):
+            for x, ids in step.micro_batches(data):
+                kept = counted(ids)
+                loss = (model(x).squeeze(1) - 1).square() * kept
+                step.backward(loss.sum(), count=int(kept.sum()))
+            step.update(optimizer, clip=1.0)
+            seen(run, step)
+    weights: dict[str, torch.Tensor] = dict(unwrapped(model).state_dict())
+    return weights
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[key] - other[key]).abs().max()) for key in one)
