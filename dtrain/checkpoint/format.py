@@ -151,10 +151,10 @@ def dtype_name(dtype: torch.dtype | torch.layout) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """:raises Damaged: this torch has no such type."""
+    """:raises StateError: this torch has no such type."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise Damaged(f"tensor type {name!r} is unknown to torch {torch.__version__}")
+        raise StateError(f"tensor type {name!r} is unknown to torch {torch.__version__}; install the one that saved it")
     return dtype
 
 

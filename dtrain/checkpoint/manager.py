@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dtrain.checkpoint.format import MANIFEST, Manifest
-from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.policy import to_retire
 from dtrain.checkpoint.reader import Reader, read_manifest
 from dtrain.checkpoint.state import State
@@ -65,7 +65,8 @@ class Manager:
             claim = self._log.claim(time.time(), uuid.uuid4().hex[:8])
             for broken in self._log.broken:
                 self._events.warn(f"{self._storage.root}/{broken}: passed over")
-            self._storage.sweep("log")
+            for folder in (".", FOLDER):
+                self._storage.sweep(folder)
             whole = {e.attempt for e in self._log.commits()} | {e.attempt for e in self._log.bad()}
             for name in self._storage.names(CHECKPOINTS):
                 # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
@@ -128,13 +129,20 @@ class Manager:
             if dist.get_rank() == 0:
                 self._storage.remove(f"{CHECKPOINTS}/{attempt}")  # a full disk is not made fuller
             raise SaveError(f"step {step} could not be saved in {self._storage.root}: {_explain(error)}") from error
-        if dist.get_rank() == 0:
-            assert writer.written is not None
+        from_rank_0(functools.partial(self._commit, writer, step, attempt, started))
+
+    def _commit(self, writer: Writer, step: int, attempt: str, started: float) -> None:
+        assert writer.written is not None
+        try:
             self._append("commit", step=step, attempt=attempt, manifest=writer.written.manifest)
-            self._events.emit("committed", step=step, seconds=time.monotonic() - started, bytes=writer.written.size)
-            for entry in to_retire(self._log, self._keep_last):
-                self._append("retire", step=entry.step, attempt=entry.attempt)
-                self._storage.remove(f"{CHECKPOINTS}/{entry.attempt}")
+        except OSError as error:
+            # The attempt stays where it is: the entry may have got into the log all the same.
+            raise SaveError(f"step {step} could not be committed in {self._storage.root}: {error}") from error
+        seconds = time.monotonic() - started
+        self._events.emit("committed", step=step, seconds=seconds, bytes=writer.written.size)
+        for entry in to_retire(self._log, self._keep_last):
+            self._append("retire", step=entry.step, attempt=entry.attempt)
+            self._storage.remove(f"{CHECKPOINTS}/{entry.attempt}")
 
     def _candidates(self) -> Iterator[tuple[Entry, bytes] | None]:
         """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none."""
@@ -165,12 +173,12 @@ class Manager:
 
 
 def from_rank_0(work: Callable[[], T]) -> T:
-    """Do something on rank 0, and have its outcome, or its `DtrainError`, on all ranks."""
+    """Do something on rank 0, and have its outcome, or its error, on all ranks."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except DtrainError as error:
+        except (DtrainError, SaveError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

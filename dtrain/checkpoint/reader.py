@@ -6,8 +6,11 @@ before DCP is told that the tensor is there. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -114,10 +117,8 @@ def read_piece(
         if tail < 0:
             raise Damaged(f"{folder}/{piece.file}: an item of {piece.length} bytes is too short for its tensor")
         buffers = [memoryview(bytearray(piece.payload)), body, memoryview(bytearray(tail))]
-    try:
+    with _damaged(f"{folder}/{piece.file}"):
         storage.read_into(f"{folder}/{piece.file}", piece.offset, buffers)
-    except (EOFError, FileNotFoundError, ValueError) as error:
-        raise Damaged(f"{folder}/{piece.file}: {error}") from error
     hasher = BlockHasher(manifest.block_bytes)
     for buffer in buffers:
         hasher.update(buffer)
@@ -133,7 +134,7 @@ def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tu
 
     :raises Damaged: something isn't as it was saved.
     """
-    try:
+    with _damaged(folder):
         data = storage.read(f"{folder}/{name}")
         if digest(data) != expected:
             raise Damaged(f"{folder}/{name} is not the one that was committed")
@@ -141,9 +142,20 @@ def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tu
         for file, size in manifest.files.items():
             if (found := storage.size(f"{folder}/{file}")) != size:
                 raise Damaged(f"{folder}/{file} has {found} bytes, not {size}")
-    except (FileNotFoundError, ValueError) as error:
-        raise Damaged(f"{folder}: {error}") from error
     return data, manifest
+
+
+@contextlib.contextmanager
+def _damaged(place: str) -> Iterator[None]:
+    """What can't be read because of what is in the place, not because of the way to it, counts as damaged."""
+    try:
+        yield
+    except (EOFError, ValueError) as error:
+        raise Damaged(f"{place}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO):
+            raise
+        raise Damaged(f"{place}: {error}") from error
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -37,11 +37,11 @@ class LocalStorage:
 
         :raises ConfigError: it can't be written to, or has no hard links.
         """
-        probe = Path(self.root) / f".probe-{uuid.uuid4().hex}"
+        probe = Path(self.root) / f".probe.{uuid.uuid4().hex}.half"
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(probe.parent)
             probe.touch()
-            os.link(probe, linked := probe.with_suffix(".link"))
+            os.link(probe, linked := probe.with_suffix(".link.half"))
             linked.unlink()
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK) and probe.exists():
@@ -59,7 +59,7 @@ class LocalStorage:
 
     def create(self, path: str, data: bytes) -> None:
         target = self._path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         half = target.with_name(f".{target.name}.{uuid.uuid4().hex}.half")
         try:
             with half.open("xb") as file:
@@ -79,7 +79,7 @@ class LocalStorage:
     @contextlib.contextmanager
     def open_new(self, path: str) -> Iterator[Sink]:
         target = self._path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         with target.open("xb", buffering=0) as file:
             yield _Whole(file.fileno())
             os.fsync(file.fileno())
@@ -145,6 +145,15 @@ class _Whole:
         left = memoryview(data).cast("B")
         while left:
             left = left[os.write(self._descriptor, left) :]
+
+
+def _make_folder(folder: Path) -> None:
+    """With those above it, all of them durable: a file in a folder that is lost is lost as well."""
+    if not folder.is_dir():
+        if not folder.parent.exists():
+            _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _fsync(folder.parent)
 
 
 def _fsync(folder: Path) -> None:

@@ -165,6 +165,8 @@ def _to(batch: Any, device: torch.device) -> Any:
 def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> None:
     if isinstance(sample, torch.Tensor):
         sample = sample.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if sample.numel() else b""
+    if isinstance(sample, np.ndarray) and sample.dtype.hasobject:
+        sample = sample.tolist()
     if isinstance(sample, np.ndarray | np.generic):
         state.update(np.ascontiguousarray(sample).tobytes())
     elif isinstance(sample, Mapping):
