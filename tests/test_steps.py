@@ -46,7 +46,10 @@ def test_a_mean_is_taken_once_over_what_all_ranks_have_counted(tmp_path: Path) -
 
     def work(rank: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
         weights = train(
-            tmp_path, 1, counted=lambda ids: ids % 3 == 0, seen=lambda run, step: seen.extend([step.loss, step.count])
+            tmp_path,
+            1,
+            counted=lambda ids: ids % 3 == 0,
+            seen=lambda run, step: seen.extend([step.loss, step.totals.count]),
         )
         return seen, weights["0.bias"].tolist(), weights
 

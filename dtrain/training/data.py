@@ -115,38 +115,35 @@ def block(length: int, rank: int, world_size: int) -> range:
     return range(rank * length // world_size, (rank + 1) * length // world_size)
 
 
-def permute(positions: Ids, length: int, key: int, rounds: int = 6) -> Ids:
+def permute(positions: Ids, length: int, key: int, rounds: int = 8) -> Ids:
     """Where a permutation of `range(length)` takes each of `positions`, without a table of it.
 
     A balanced Feistel network permutes the next larger power of four; what falls outside the range is sent through
-    again until it is inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    again until it is inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Its
+    round function is multiplicative hashing: the highest bits of a product (Knuth, TAOCP volume 3, 6.4).
 
     :param key: another one gives another permutation.
     """
-    half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
+    half = max(3, ((length - 1).bit_length() + 1) // 2)
+    shift, high, mask = np.uint64(half), np.uint64(64 - half), np.uint64((1 << half) - 1)
     keys = _round_keys(key, rounds)
     out = positions.astype(np.uint64)
     outside = np.ones(len(out), dtype=bool)
     while outside.any():
-        left, right = out[outside] >> half, out[outside] & mask
-        for round_key in keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & mask)
-        out[outside] = (left << half) | right
+        left, right = out[outside] >> shift, out[outside] & mask
+        for addend, factor in keys:
+            left, right = right, left ^ (((right + addend) * factor) >> high)
+        out[outside] = (left << shift) | right
         outside = out >= length
     return out.astype(np.int64)
 
 
 @functools.lru_cache
-def _round_keys(key: int, rounds: int) -> list[np.uint64]:
-    return [np.uint64(derive(key, "round", number)) for number in range(rounds)]
-
-
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+def _round_keys(key: int, rounds: int) -> list[tuple[np.uint64, np.uint64]]:
+    return [
+        (np.uint64(derive(key, "addend", number)), np.uint64(2 * derive(key, "factor", number) + 1))
+        for number in range(rounds)
+    ]
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -8,7 +8,6 @@ pass that computes nothing and exchanges nothing, in an order that is the same i
 
 # No `from __future__ import annotations` here: DDP looks at the types that its hook is annotated with.
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.checkpoint.state import bare
+from dtrain.training.exchange import Exchange
 
 
-def parallelize(model: nn.Module, device: torch.device) -> nn.Module:
+def parallelize(model: nn.Module, device: torch.device, exchange: Exchange) -> nn.Module:
     """Move a model to this rank's device, and have its gradients summed over the ranks if there are several.
 
     Gradients are sums, not means: `Step.update` divides once, by what all ranks have counted.
+
+    :param exchange: what the gradients are summed by.
     """
     model = model.to(device)
     if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    exchange = _Exchange()
     wrapped.register_comm_hook(exchange, _sum)
     _settle(wrapped, exchange)
     return wrapped
@@ -45,32 +46,17 @@ def same_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-@dataclass
-class _Exchange:
-    """DDP hands this to the hook below each time."""
-
-    off: bool = False
-    """Leave the gradients as they are on each rank."""
-
-
-def _sum(exchange: _Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DDP's communication hook: a sum, without DDP's division by the world size."""
-    if exchange.off:
-        nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        nothing.set_result(bucket.buffer())
-        return nothing
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    done: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda future: future.value()[0])
-    return done
+    return exchange.all_reduce(bucket)
 
 
-def _settle(wrapped: DistributedDataParallel, exchange: _Exchange) -> None:
+def _settle(wrapped: DistributedDataParallel, exchange: Exchange) -> None:
     """Bring about DDP's final layout of buckets, without a sum and without a real gradient."""
     module = wrapped.module
     own = vars(module).get("forward")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    exchange.off = True
+    exchange.silent = True
     module.forward = lambda: _nothing_of(parameters)
     try:
         wrapped().backward()
@@ -78,7 +64,7 @@ def _settle(wrapped: DistributedDataParallel, exchange: _Exchange) -> None:
         del module.forward
         if own is not None:
             module.forward = own
-        exchange.off = False
+        exchange.silent = False
     wrapped.zero_grad(set_to_none=True)
 
 

@@ -27,6 +27,7 @@ from dtrain.observe.events import Events, Metrics
 from dtrain.observe.progress import Progress
 from dtrain.storage.local import LocalStorage
 from dtrain.training.data import Data, Dataset
+from dtrain.training.exchange import Exchange
 from dtrain.training.parallel import parallelize, same_buffers
 from dtrain.training.random import set_generators
 from dtrain.training.step import Flags, Step
@@ -54,6 +55,7 @@ class Run:
         self._data: dict[str, Data] = {}
         self._wrapped: list[DistributedDataParallel] = []
         self._models: list[nn.Module] = []
+        self._exchange = Exchange()
         self._policy = SavePolicy(Interval.parse(config.save_every), self._epoch_after)
         self._stop = False
         self._started = False
@@ -76,7 +78,7 @@ class Run:
 
     def parallelize(self, model: nn.Module) -> nn.Module:
         """Move a model to this rank's device and have its gradients summed over the ranks. All ranks must reach it."""
-        model = parallelize(model, self.device)
+        model = parallelize(model, self.device, self._exchange)
         self._models.append(model)
         if isinstance(model, DistributedDataParallel):
             self._wrapped.append(model)
@@ -142,6 +144,7 @@ class Run:
                 seed=self.config.seed,
                 micro_batches=self.config.micro_batches,
                 wrapped=self._wrapped,
+                exchange=self._exchange,
                 scaler=scaler,
                 ask=self._ask,
             )
@@ -153,10 +156,9 @@ class Run:
                     self._finish(step)
                 raise
             self._finish(step)
-            stop, save = step.flags
-            if stop:
+            if step.totals.stop:
                 break
-            if save or self._policy.due_after(number):
+            if step.totals.save or self._policy.due_after(number):
                 self.save()
         self.close()
 
@@ -208,7 +210,7 @@ class Run:
         if self._metrics is not None and self._progress is not None:
             loss = step.loss
             self._metrics.write(step.number, {"loss": loss} | step.values)
-            self._progress.step(step.number, loss, step.count)
+            self._progress.step(step.number, loss, step.totals.count)
 
     def _restore(self) -> None:
         self._manager.claim()

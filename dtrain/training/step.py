@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from dtrain.errors import UsageError
 from dtrain.training.data import Data, block
+from dtrain.training.exchange import Exchange, Totals
 from dtrain.training.random import set_generators
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Step:
         seed: int,
         micro_batches: int,
         wrapped: list[DistributedDataParallel],
+        exchange: Exchange,
         scaler: GradScaler | None,
         ask: Callable[[], Flags],
     ) -> None:
@@ -54,6 +56,7 @@ class Step:
         self._seed = seed
         self._block = block(micro_batches, dist.get_rank(), dist.get_world_size())
         self._wrapped = wrapped
+        self._exchange = exchange
         self._scaler = scaler
         self._ask = ask
         self._open = False
@@ -61,9 +64,7 @@ class Step:
         self.updated = False
         self._loss: torch.Tensor | None = None
         self._count = 0
-        self._totals = torch.zeros(4, dtype=torch.float64)
-        """Count, loss, stop, save: summed over the ranks while the last backward pass runs."""
-        self._work: list[dist.Work] = []
+        self._totals: Totals | None = None
         set_generators(seed, number, "step")
 
     def micro_batches(self, data: Data) -> Iterator[Any]:
@@ -105,25 +106,15 @@ class Step:
         self._count += count
         detached = loss.detach().reshape(()).double()
         self._loss = detached if self._loss is None else self._loss + detached
-        if self._backwards == len(self._block):
-            self._exchange()
+        last = self._backwards == len(self._block)
+        if last:
+            stop, save = self._ask()
+            self._exchange.send(self._count, float(self._loss) if loss.is_cpu else 0.0, stop=stop, save=save)
         (self._scaler.scale(loss) if self._scaler else loss).backward()
-
-    def _exchange(self) -> None:
-        """Start to add up the ranks' numbers; they arrive while the gradients are still computed."""
-        assert self._loss is not None
-        stop, save = self._ask()
-        self._totals[:] = torch.tensor([self._count, 0.0, stop, save])
-        if self._loss.is_cpu:
-            self._totals[1] = self._loss
-        else:  # stays on the device: to look at it would wait for everything that is queued there
-            self._reduce(self._loss)
-        self._reduce(self._totals)
-
-    def _reduce(self, tensor: torch.Tensor) -> None:
-        work = dist.all_reduce(tensor, async_op=True)
-        assert work is not None
-        self._work.append(work)
+        if last:
+            self._exchange.depart()
+            if not loss.is_cpu:  # stays on the device: to look at it would wait for everything that is queued there
+                dist.all_reduce(self._loss)
 
     def update(self, optimizer: Optimizer, *schedulers: LRScheduler, clip: float | None = None) -> None:
         """Divide the gradients by the count, clip them, and let the optimizer and its schedulers take a step.
@@ -136,12 +127,12 @@ class Step:
                 f"step {self.number}: {self._backwards} of {len(self._block)} micro-batches had a backward pass "
                 "before update; go through step.micro_batches to its end"
             )
-        if self.count == 0:
+        if self.totals.count == 0:
             raise UsageError(f"step {self.number}: the counts of all micro-batches add up to 0")
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        factor: float | torch.Tensor = 1.0 / self.count
+        factor: float | torch.Tensor = 1.0 / self.totals.count
         if clip is not None:
             norm = get_total_norm(gradients) * factor
             factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
@@ -161,24 +152,23 @@ class Step:
         self.values |= {name: float(value) for name, value in values.items()}
 
     @property
-    def count(self) -> int:
-        """What all ranks have counted, once all backward passes are under way."""
-        self._wait()
-        return int(self._totals[0])
+    def totals(self) -> Totals:
+        """The sums over all ranks, once all backward passes are under way.
+
+        :raises UsageError: they aren't yet.
+        """
+        if self._totals is None:
+            if self._backwards != len(self._block):
+                raise UsageError(f"step {self.number}: known only after the last step.backward")
+            self._totals = self._exchange.totals()
+        return self._totals
 
     @property
     def loss(self) -> float:
         """The mean loss over all that was counted on all ranks, once all backward passes are under way."""
-        self._wait()
         assert self._loss is not None
-        total = float(self._totals[1] if self._loss.is_cpu else self._loss)
-        return total / max(1, self.count)
-
-    @property
-    def flags(self) -> Flags:
-        """What any rank asked for: the same on all of them."""
-        self._wait()
-        return bool(self._totals[2]), bool(self._totals[3])
+        total = self.totals.loss if self._loss.is_cpu else float(self._loss)
+        return total / max(1, self.totals.count)
 
     def finish(self) -> None:
         """:raises UsageError: the loop's body has left something out."""
@@ -186,9 +176,3 @@ class Step:
             raise UsageError(f"step {self.number} ended without step.update(optimizer)")
         if self._scaler is not None:
             self._scaler.update()
-
-    def _wait(self) -> None:
-        if not self._work and not self.updated and self._backwards != len(self._block):
-            raise UsageError(f"step {self.number}: known only after the last step.backward")
-        while self._work:
-            self._work.pop().wait()

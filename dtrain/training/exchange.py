@@ -1,0 +1,87 @@
+"""The few numbers that the ranks add up in every step: count, loss, whether to stop, whether to save.
+
+A message of its own would cost them a millisecond on busy CPU cores, more than everything else that dtrain adds to a
+step. So they ride along with gradients: the communication hook appends them to the first bucket that leaves, which has
+at most a megabyte. They are float32 like the gradients, so the count travels in digits, whose sums are exact. Where
+no bucket can take them (GPUs, whose results are looked at later, and gradients of other types) they go alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+_BITS = 10
+"""Of a digit of the count. A float32 adds up 2^14 = 16,384 ranks' digits exactly."""
+_DIGITS = 4
+"""So a rank can count up to 2^40 in a step."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The sums over all ranks."""
+
+    count: int
+    loss: float
+    stop: bool
+    save: bool
+
+
+class Exchange:
+    """One for a run: it is used by one step after the other.
+
+    :ivar silent: gradients stay as they are on each rank (see `parallel`).
+    """
+
+    def __init__(self) -> None:
+        self.silent = False
+        self._numbers = torch.zeros(0)
+        self._waiting = False
+        self._work: dist.Work | None = None
+
+    def send(self, count: int, loss: float, *, stop: bool, save: bool) -> None:
+        """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this."""
+        digits = [float(count >> (_BITS * place) & ((1 << _BITS) - 1)) for place in range(_DIGITS)]
+        coarse = float(torch.tensor(loss, dtype=torch.float32))
+        self._numbers = torch.tensor([*digits, coarse, loss - coarse, stop, save], dtype=torch.float32)
+        self._waiting = True
+
+    def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Sum a bucket of gradients over the ranks, and the numbers with it if they are waiting."""
+        gradients = bucket.buffer()
+        if self.silent:
+            nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            nothing.set_result(gradients)
+            return nothing
+        together = gradients
+        if self._waiting and gradients.is_cpu and gradients.dtype == torch.float32:
+            self._waiting = False
+            together = torch.cat((gradients, self._numbers))
+        work = dist.all_reduce(together, async_op=True)
+        assert work is not None
+
+        def arrived(_: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            if together is not gradients:
+                gradients.copy_(together[: gradients.numel()])
+                self._numbers = together[gradients.numel() :]
+            return gradients
+
+        done: torch.futures.Future[torch.Tensor] = work.get_future().then(arrived)
+        return done
+
+    def depart(self) -> None:
+        """Send the numbers alone, if the backward pass that is over took none along. All ranks must reach this."""
+        if self._waiting:
+            self._waiting = False
+            self._work = dist.all_reduce(self._numbers, async_op=True)
+
+    def totals(self) -> Totals:
+        """Wait for the sums."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        *digits, coarse, fine, stop, save = self._numbers.tolist()
+        count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
+        return Totals(count, coarse + fine, stop > 0, save > 0)
