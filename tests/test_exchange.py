@@ -1,0 +1,83 @@
+"""The numbers that ride with the gradients arrive, whatever the gradients are like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.training.exchange import Exchange, Totals
+from dtrain.training.parallel import parallelize
+from tests.world import in_world
+
+CPU = torch.device("cpu")
+
+
+def model(*, dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(*(nn.Linear(8, 8, dtype=dtype) for _ in range(layers)))
+
+
+def total_of(world: int, counts: list[int]) -> Totals:
+    """What each rank sends below, added up."""
+    ranks = range(world)
+    loss = sum(1.5 * rank + 1e-3 for rank in ranks)
+    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, False)
+
+
+def send(exchange: Exchange, rank: int, counts: list[int]) -> None:
+    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, save=False)
+
+
+def assert_equal(found: Totals, expected: Totals) -> None:
+    assert (found.count, found.stop, found.save) == (expected.count, expected.stop, expected.save)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_counts_arrive_exactly_and_gradients_are_sums(world: int, dtype: torch.dtype) -> None:
+    counts = [0, 2**37 + 1023, 5 * 1024 + 1]
+
+    def work(rank: int) -> tuple[Totals, list[torch.Tensor], list[torch.Tensor]]:
+        exchange = Exchange()
+        net = parallelize(model(dtype=dtype), CPU, exchange)
+        alone = model(dtype=dtype)
+        x = torch.full((4, 8), 1.0 + rank, dtype=dtype)
+        for each in (net, alone):
+            if each is net:
+                send(exchange, rank, counts)
+            each(x).sum().backward()
+        exchange.depart()
+        gradients = ([p.grad for p in each.parameters() if p.grad is not None] for each in (net, alone))
+        return exchange.totals(), *gradients
+
+    results = in_world(world, work)
+    for totals, gradients, _ in results:
+        assert_equal(totals, total_of(world, counts))
+        for index, gradient in enumerate(gradients):
+            expected = torch.stack([alone[index].double() for _, _, alone in results]).sum(0)
+            torch.testing.assert_close(
+                gradient.double(), expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=0.1
+            )
+
+
+def test_they_ride_with_one_of_several_models_or_alone_when_none_is_used() -> None:
+    counts = [3, 4]
+
+    def work(rank: int) -> list[Totals]:
+        exchange = Exchange()
+        first, second = (parallelize(model(), CPU, exchange) for _ in range(2))
+        own = model()
+        x = torch.full((4, 8), 1.0 + rank)
+        found = []
+        for used in ((first, second), (second,), (own,)):
+            send(exchange, rank, counts)
+            torch.stack([each(x).sum() for each in used]).sum().backward()
+            exchange.depart()
+            found.append(exchange.totals())
+        return found
+
+    for found in in_world(2, work):
+        for totals in found:
+            assert_equal(totals, total_of(2, counts))
