@@ -18,6 +18,10 @@ def model(*, dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Module:
     return nn.Sequential(*(nn.Linear(8, 8, dtype=dtype) for _ in range(layers)))
 
 
+def gradients_of(net: nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in net.parameters() if p.grad is not None]
+
+
 def total_of(world: int, counts: list[int]) -> Totals:
     """What each rank sends below, added up."""
     ranks = range(world)
@@ -49,8 +53,7 @@ def test_counts_arrive_exactly_and_gradients_are_sums(world: int, dtype: torch.d
                 send(exchange, rank, counts)
             each(x).sum().backward()
         exchange.depart()
-        gradients = ([p.grad for p in each.parameters() if p.grad is not None] for each in (net, alone))
-        return exchange.totals(), *gradients
+        return exchange.totals(), gradients_of(net), gradients_of(alone)
 
     results = in_world(world, work)
     for totals, gradients, _ in results:
