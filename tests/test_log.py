@@ -106,7 +106,7 @@ def test_a_leftover_that_slept_in_front_of_its_append_is_fenced_and_adds_nothing
     os.kill(child.pid, signal.SIGCONT)
     assert child.wait() == 7
     assert said.read_text() == (
-        f"{storage.root}: epoch 2 took over; epoch 1 is a leftover and stops without writing its commit of step 2"
+        f"{storage.root}: epoch 2 took over; epoch 1 is a leftover and stops without writing any more"
     )
     assert files(storage) == before
     newer.append(entry(newer, step=2, attempt="ours"))

@@ -224,5 +224,5 @@ def test_a_run_that_is_done_says_nothing_wrong_and_returns(tmp_path: Path) -> No
     found = run(tmp_path, "--steps", 3, ranks=2)
     assert (found.code, commits(tmp_path)) == (0, [2, 3])
     assert (tmp_path / "came-back").exists()
-    assert found.said == []
+    assert found.said == [f"{tmp_path}: nothing saved yet, 2 ranks", "finished: step 3 of 3, saved"]
     assert json.loads((tmp_path / "config.json").read_bytes()) == {"global_batch": 8, "micro_batch": 4, "seed": 0}

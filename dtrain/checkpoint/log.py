@@ -56,6 +56,7 @@ class Log:
         self._storage = storage
         self._next = 0
         self._claim = -1
+        self._epoch = 0
         self.entries: list[Entry] = []
         self.broken: list[str] = []
         """Files in the log that can't be read, named; they are passed over."""
@@ -84,7 +85,7 @@ class Log:
             self.refresh()
             entry = self._create(Entry(kind="claim", epoch=self.epoch + 1, time=time, nonce=nonce))
             if entry is not None:
-                self._claim = entry.number
+                self._claim, self._epoch = entry.number, entry.epoch
                 return entry
 
     def append(self, entry: Entry) -> Entry:
@@ -93,18 +94,21 @@ class Log:
         :raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read.
         """
         while True:
-            broken = len(self.broken)
-            self.refresh()
-            newer = [e for e in self.entries if e.kind == "claim" and e.number > self._claim]
-            if newer or len(self.broken) > broken:
-                what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
-                raise Fenced(
-                    f"{self._storage.root}: {what}; epoch {entry.epoch} is a leftover and stops without "
-                    f"writing its {entry.kind} of step {entry.step}"
-                )
+            self.check()
             created = self._create(entry)
             if created is not None:
                 return created
+
+    def check(self) -> None:
+        """:raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read."""
+        broken = len(self.broken)
+        self.refresh()
+        newer = [entry for entry in self.entries if entry.kind == "claim" and entry.number > self._claim]
+        if newer or len(self.broken) > broken:
+            what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
+            raise Fenced(
+                f"{self._storage.root}: {what}; epoch {self._epoch} is a leftover and stops without writing any more"
+            )
 
     def commits(self) -> list[Entry]:
         """The commits that were neither found bad nor retired, oldest first, in the order of the log."""

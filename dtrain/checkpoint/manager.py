@@ -128,6 +128,7 @@ class Manager:
         except CheckpointException as error:
             if dist.get_rank() == 0:
                 self._storage.remove(f"{CHECKPOINTS}/{attempt}")  # a full disk is not made fuller
+            from_rank_0(self._log.check)  # a newer generation clears away what it finds half-written
             raise SaveError(f"step {step} could not be saved in {self._storage.root}: {_explain(error)}") from error
         from_rank_0(functools.partial(self._commit, writer, step, attempt, started))
 

@@ -22,6 +22,8 @@ import torch
 from dtrain.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1
+_THREADS_AT_IMPORT = len(os.listdir("/proc/self/task"))
+"""Those of the BLAS libraries, which prepare themselves for a fork."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -104,6 +106,12 @@ def check_can_fork() -> None:
         raise ConfigError(
             f"threads were started before dtrain.launch ({', '.join(threads)}): a forked trainer could hang. Start "
             "them inside main, or run without supervision by launch(..., in_place=True)"
+        )
+    if len(os.listdir("/proc/self/task")) > _THREADS_AT_IMPORT:
+        raise ConfigError(
+            "native threads were started before dtrain.launch, most often OpenMP's by an operation of torch on a large "
+            "tensor: a forked trainer would wait for them for ever. Move the operation into main, or set "
+            "OMP_NUM_THREADS=1 (as torchrun does), or use numpy for it"
         )
     if torch.cuda.is_initialized():
         raise ConfigError(

@@ -69,7 +69,7 @@ class Supervisor:
         run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
         stopped = Group.stopped_before(self._placement, run)
         if stopped is not None:
-            self._give_up(stopped)
+            self._give_up(stopped, again=True)
         signal.signal(signal.SIGINT, self._on_interrupt)
         group = Group(self._placement, self._config.timeout_s)
         generation = 0
@@ -192,15 +192,18 @@ class Supervisor:
                 self._said = mine.trace
         return outcome
 
-    def _give_up(self, outcome: Outcome) -> None:
-        """End this process with the first failure, the same one on every rank."""
+    def _give_up(self, outcome: Outcome, again: bool = False) -> None:
+        """End this process with the first failure, the same one on every rank.
+
+        :param again: it has been said before, and torchrun has started the processes again in vain.
+        """
         first = outcome.rank == self._placement.rank
         why = f"rank {outcome.rank} failed: {outcome.cause}"
         if outcome.stalled >= self._config.max_stalled:
             why = f"no new step in {outcome.stalled} generations; the last time {why}"
         if first:
-            say(f"stopped: {why}")
-            if outcome.trace:
+            say(f"stopped{' before' if again else ''}: {why}")
+            if outcome.trace and outcome.trace not in why and not again:
                 say(outcome.trace)
         _tell_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
         sys.exit(1)

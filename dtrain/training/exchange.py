@@ -8,6 +8,7 @@ no bucket can take them (GPUs, whose results are looked at later, and gradients 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ import torch.distributed as dist
 _BITS = 10
 """Of a digit of the count. A float32 adds up 2^14 = 16,384 ranks' digits exactly."""
 _DIGITS = 4
-"""So a rank can count up to 2^40 in a step."""
+MOST = 1 << _BITS * _DIGITS
+"""A rank's count in a step is less than this."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Exchange:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this."""
         digits = [float(count >> (_BITS * place) & ((1 << _BITS) - 1)) for place in range(_DIGITS)]
         coarse = float(torch.tensor(loss, dtype=torch.float32))
-        self._numbers = torch.tensor([*digits, coarse, loss - coarse, stop, save], dtype=torch.float32)
+        fine = loss - coarse if math.isfinite(coarse) else 0.0
+        self._numbers = torch.tensor([*digits, coarse, fine, stop, save], dtype=torch.float32)
         self._waiting = True
 
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.checkpoint.state import bare
 from dtrain.training.exchange import Exchange
 
 
@@ -27,6 +26,7 @@ def parallelize(model: nn.Module, device: torch.device, exchange: Exchange) -> n
     :param exchange: what the gradients are summed by.
     """
     model = model.to(device)
+    same_buffers(model.buffers())
     if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -35,15 +35,22 @@ def parallelize(model: nn.Module, device: torch.device, exchange: Exchange) -> n
     return wrapped
 
 
-def same_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, which are the ones that count (running means and the like).
+def same_buffers(buffers: Iterable[torch.Tensor]) -> None:
+    """Give every rank rank 0's buffers (running means and the like). All ranks must reach this, with the same ones.
 
-    DDP does the same before the next step's first forward pass; a checkpoint is taken before that. All ranks must
-    reach this.
+    DDP does so before a step's first forward pass, for the models that it wraps. Done after each step, the buffers of
+    all models are equal in a checkpoint as well, and whether one is saved makes no difference to the training.
     """
-    if dist.get_world_size() > 1:
-        for buffer in bare(model).buffers():
-            dist.broadcast(buffer, src=0)
+    if dist.get_world_size() == 1:
+        return
+    by_kind: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for buffer in buffers:
+        by_kind.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    for same in by_kind.values():
+        flat = torch.cat([buffer.detach().reshape(-1) for buffer in same])
+        dist.broadcast(flat, src=0)
+        for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
+            buffer.detach().copy_(part.view_as(buffer))
 
 
 def _sum(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -54,26 +61,29 @@ def _sum(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[to
 def _settle(wrapped: DistributedDataParallel, exchange: Exchange) -> None:
     """Bring about DDP's final layout of buckets, without a sum and without a real gradient."""
     module = wrapped.module
-    own = vars(module).get("forward")
-    parameters = [p for p in module.parameters() if p.requires_grad]
     exchange.silent = True
-    module.forward = lambda: _nothing_of(parameters)
+    wrapped.module = _Stub([p for p in module.parameters() if p.requires_grad])
+    wrapped.require_forward_param_sync = False  # the stub has no buffers that DDP could broadcast
     try:
         wrapped().backward()
     finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+        wrapped.module = module
         exchange.silent = False
     wrapped.zero_grad(set_to_none=True)
 
 
-def _nothing_of(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """Depends on all parameters, with a gradient of zero, which reaches the last parameter first."""
-    chain = torch.zeros((), requires_grad=True)
-    for parameter in parameters:
-        chain = _Link.apply(chain, parameter)  # type: ignore[no-untyped-call]
-    return chain
+class _Stub(nn.Module):
+    """Takes no input, and depends on all parameters, with a gradient of zero that reaches the last of them first."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.borrowed = (parameters,)  # in a tuple, so that they don't become this module's own
+
+    def forward(self) -> torch.Tensor:
+        chain = torch.zeros((), requires_grad=True)
+        for parameter in self.borrowed[0]:
+            chain = _Link.apply(chain, parameter)  # type: ignore[no-untyped-call]
+        return chain
 
 
 class _Link(torch.autograd.Function):

@@ -19,11 +19,11 @@ from torch.utils.data import default_collate
 
 from dtrain.checkpoint.manager import Manager, from_rank_0
 from dtrain.checkpoint.policy import SavePolicy
-from dtrain.checkpoint.state import State
+from dtrain.checkpoint.state import State, bare
 from dtrain.config import SAME_BITS, Config, Interval
 from dtrain.elastic.process import Page
 from dtrain.errors import ConfigError, DataError, UsageError
-from dtrain.observe.events import Events, Metrics
+from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
 from dtrain.storage.local import LocalStorage
 from dtrain.training.data import Data, Dataset
@@ -156,17 +156,25 @@ class Run:
                     self._finish(step)
                 raise
             self._finish(step)
+            self._same_buffers()
             if step.totals.stop:
                 break
             if step.totals.save or self._policy.due_after(number):
                 self.save()
         self.close()
+        if self.is_first:
+            say(f"{'finished' if self._done >= total else 'stopped'}: step {self._done} of {total}, saved")
 
     def save(self) -> None:
         """Commit a checkpoint of the last finished step now. All ranks must reach it.
 
+        What the loop's body changes after it, in the same step, isn't in it: make it the last thing there.
+
         :raises SaveError: it could not be written; the commit before stands.
+        :raises UsageError: nothing is restored yet, or the step is only half done.
         """
+        if not self._started:
+            raise UsageError("save comes after run.steps has begun, which restores what was saved before")
         step = self._step
         if step is not None and step.number > self._done:  # called inside the loop
             if not step.updated:
@@ -178,8 +186,7 @@ class Run:
             return
         if self._metrics is not None:
             self._metrics.flush()
-        for model in self._models:
-            same_buffers(model)
+        self._same_buffers()
         self._manager.save(self._state, self._done, self._position())
         self._saved = self._done
         self._policy.saved()
@@ -188,9 +195,13 @@ class Run:
 
     def close(self) -> None:
         """Save what isn't saved yet, and end the progress line. Called at the end of the loop and of the main."""
-        if self._step is not None and not self._step.updated:  # the loop was left in the middle of a step
+        if self._step is not None and self._step.begun and not self._step.updated:
+            self._events.warn(
+                f"the loop was left in the middle of step {self._step.number}, whose forward passes may have changed "
+                f"the model: it is not saved, and the last checkpoint is that of step {max(0, self._saved)}"
+            )
+        elif self._started and self._done > 0:
             self._step = None
-        if self._started and self._done > 0:
             self.save()
         if self._progress is not None:
             self._progress.close()
@@ -199,6 +210,10 @@ class Run:
 
     def _ask(self) -> Flags:
         return bool(self._stop or self._page.stop), self.is_first and self._policy.due_by_clock()
+
+    def _same_buffers(self) -> None:
+        modules = dict.fromkeys([*map(bare, self._models), *self._state.modules().values()])
+        same_buffers(buffer for module in modules for buffer in module.buffers())
 
     def _finish(self, step: Step) -> None:
         if self._done == step.number:  # by a save inside the loop
@@ -222,10 +237,18 @@ class Run:
             generation=self._generation,
             epoch=self._manager.epoch,
         )
+        fingerprints: list[Any] = [None] * self.world_size
+        dist.all_gather_object(fingerprints, {name: data.fingerprint() for name, data in self._data.items()})
+        for rank, other in enumerate(fingerprints):
+            if other != fingerprints[0]:
+                raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")
         restored = self._manager.restore(self._state)
         if restored is not None:
             self._check_data(restored.position["data"])
             self._done = self._saved = self._page.restored = restored.step
+        if self.is_first:
+            ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+            say(f"{self.config.dir}: {f'restored step {self._done}' if restored else 'nothing saved yet'}, {ranks}")
 
     def _position(self) -> dict[str, Any]:
         return {

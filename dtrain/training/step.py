@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from dtrain.errors import UsageError
 from dtrain.training.data import Data, block
-from dtrain.training.exchange import Exchange, Totals
+from dtrain.training.exchange import MOST, Exchange, Totals
 from dtrain.training.random import set_generators
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Step:
 
     :ivar number: which step it is, the first being 1.
     :ivar values: what was logged, for the run's metrics.
+    :ivar begun: whether a micro-batch was taken.
     :ivar updated: whether the optimizer has taken this step.
     """
 
@@ -61,6 +62,7 @@ class Step:
         self._ask = ask
         self._open = False
         self._backwards = 0
+        self.begun = False
         self.updated = False
         self._loss: torch.Tensor | None = None
         self._count = 0
@@ -79,7 +81,7 @@ class Step:
                 if index != self._block[-1]:  # gradients are exchanged once, with the last backward pass
                     for model in self._wrapped:
                         stack.enter_context(model.no_sync())
-                self._open = True
+                self._open = self.begun = True
                 yield batch
                 if self._open:
                     raise UsageError(
@@ -99,8 +101,8 @@ class Step:
             raise UsageError(f"step {self.number}: call backward once in each pass of step.micro_batches")
         if loss.numel() != 1:
             raise UsageError(f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise UsageError(f"step {self.number}: count={count!r} must be a whole number, 0 or more")
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MOST:
+            raise UsageError(f"step {self.number}: count={count!r} must be a whole number from 0 to {MOST - 1}")
         self._open = False
         self._backwards += 1
         self._count += count
@@ -112,9 +114,23 @@ class Step:
             self._exchange.send(self._count, float(self._loss) if loss.is_cpu else 0.0, stop=stop, save=save)
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         if last:
+            self._check_all_used()
             self._exchange.depart()
             if not loss.is_cpu:  # stays on the device: to look at it would wait for everything that is queued there
                 dist.all_reduce(self._loss)
+
+    def _check_all_used(self) -> None:
+        # DDP would notice in the next forward pass, when this step's gradients, of which some were never exchanged,
+        # have long been used.
+        for model in self._wrapped:
+            try:
+                model._check_reducer_finalized()
+            except RuntimeError as error:
+                raise UsageError(
+                    f"step {self.number}: the last backward pass left some of the model's parameters without a "
+                    "gradient, and the ranks can't add them up; use all of them in every loss (add 0 * p.sum()), or "
+                    "freeze them with requires_grad_(False)"
+                ) from error
 
     def update(self, optimizer: Optimizer, *schedulers: LRScheduler, clip: float | None = None) -> None:
         """Divide the gradients by the count, clip them, and let the optimizer and its schedulers take a step.
@@ -166,9 +182,10 @@ class Step:
     @property
     def loss(self) -> float:
         """The mean loss over all that was counted on all ranks, once all backward passes are under way."""
+        totals = self.totals
         assert self._loss is not None
-        total = self.totals.loss if self._loss.is_cpu else float(self._loss)
-        return total / max(1, self.totals.count)
+        total = totals.loss if self._loss.is_cpu else float(self._loss)
+        return total / max(1, totals.count)
 
     def finish(self) -> None:
         """:raises UsageError: the loop's body has left something out."""
