@@ -30,6 +30,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if not mount("-o", "size=4m", "tmpfs", str(place)):
+        # A full disk can't be had otherwise without filling a real one.
         pytest.skip("this user may not mount a file system")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
@@ -142,6 +143,7 @@ def test_a_user_without_the_permission_to_write_is_refused_with_a_remedy(tmp_pat
         return str(found.value)
 
     if os.geteuid() != 0:
+        # Nobody else may change the user, and for the user who owns the folder it is not forbidden.
         pytest.skip("only root can become a user without permissions")
     (message,) = in_world(1, work)
     assert message == (

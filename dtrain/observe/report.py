@@ -65,11 +65,6 @@ class Failure:
         """Steps that had been done and were done again."""
         return None if self.restored is None else max(0, self.step - self.restored)
 
-    @property
-    def back_after_s(self) -> float | None:
-        """From the notice to the end of the first step that was new."""
-        return None if self.caught_up_at is None else self.caught_up_at - self.time
-
 
 @dataclass(frozen=True, kw_only=True)
 class History:
