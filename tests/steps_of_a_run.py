@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dtrain.checkpoint.format import MANIFEST
+from dtrain.checkpoint.format import MANIFEST, Manifest
 from tests.saving import Kept, Saver, differences, folder_of, restore
 from tests.world import in_world
 
@@ -54,5 +53,5 @@ def flip(path: Path, place: int = -1) -> None:
 def spoil(root: Path, step: int) -> None:
     """Flip a bit of a weight, with the file's size unchanged."""
     folder = folder_of(root, step)
-    chunk = json.loads((folder / MANIFEST).read_bytes())["tensors"]["model.weight"]["chunks"][0]
-    flip(folder / chunk["file"], chunk["offset"] + chunk["payload"])
+    chunk = Manifest.from_json((folder / MANIFEST).read_bytes()).tensors["model.weight"].chunks[0]
+    flip(folder / chunk.file, chunk.offset + chunk.payload)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from dtrain.checkpoint.format import MANIFEST, METADATA, digest
+from dtrain.checkpoint.format import MANIFEST, METADATA, digest, hash_item
 from dtrain.checkpoint.log import Entry
 from tests.saving import Kept, Saver, bad, differences, folder_of, log_of, restore, save
 from tests.world import alone, in_world
@@ -108,10 +109,10 @@ def _plant_in_values(folder: Path, code: bytes) -> None:
     """Overwrites the pickle inside of every value that stock DCP would unpickle, padded to the old length."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
     planted = 0
-    for piece in manifest["values"].values():
-        path = folder / piece["file"]
+    for file, offset, length in _values(manifest):
+        path = folder / file
         data = bytearray(path.read_bytes())
-        frame = slice(piece["offset"], piece["offset"] + piece["length"])
+        frame = slice(offset, offset + length)
         if (at := data.find(b"\x80\x02", frame.start, frame.stop)) >= 0 and at + len(code) < frame.stop:
             data[at : at + len(code)] = code
             planted += 1
@@ -119,15 +120,22 @@ def _plant_in_values(folder: Path, code: bytes) -> None:
     assert planted
 
 
+def _values(manifest: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """File, offset and length of the copies that are there for stock DCP."""
+    for file, part in manifest["files"].items():
+        yield from ((file, item[1], item[2]) for item in part["items"] if len(item) == 3)
+
+
 def _adjust(root: Path) -> None:
     """Makes all digests right again, as somebody with the key to the folder could."""
     folder = folder_of(root, 5)
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    manifest["metadata"] = digest((folder / METADATA).read_bytes())
-    manifest["files"] |= {name: (folder / name).stat().st_size for name in manifest["files"]}
-    for piece in manifest["values"].values():
-        data = (folder / piece["file"]).read_bytes()
-        piece["digests"] = [digest(data[piece["offset"] : piece["offset"] + piece["length"]])]
+    index = (folder / METADATA).read_bytes()
+    manifest["metadata"] = [len(index), digest(index)]
+    for file, part in manifest["files"].items():
+        held = memoryview((folder / file).read_bytes())
+        digests = b"".join(hash_item(held[item[1] : item[1] + item[2]]) for item in part["items"])
+        part |= {"size": held.nbytes, "digests": base64.b64encode(digests).decode()}
     data = json.dumps(manifest).encode()
     (folder / MANIFEST).write_bytes(data)
 
@@ -202,7 +210,10 @@ def test_the_log_names_every_file_of_a_checkpoint_in_its_manifest(tmp_path: Path
     in_world(2, lambda rank: save_all(tmp_path))
     folder = folder_of(tmp_path, 5)
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    assert sorted(manifest["files"]) == sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-    assert all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    sizes = {file: part["size"] for file, part in manifest["files"].items()}
+    index = (folder / METADATA).read_bytes()
+    assert manifest["metadata"] == [len(index), digest(index)]
+    assert sizes == {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.name not in (MANIFEST, METADATA)
+    }
     assert log_of(tmp_path).commits()[0].manifest == digest((folder / MANIFEST).read_bytes())
-    assert manifest["metadata"] == digest((folder / METADATA).read_bytes())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.checkpoint.format import decode, encode, flatten
+from dtrain.checkpoint.tree import decode, encode, flatten
 from dtrain.errors import StateError
 from tests.saving import Kept, differences, restore, round_trip, save
 from tests.world import alone, errors, in_world

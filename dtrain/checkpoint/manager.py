@@ -133,14 +133,13 @@ class Manager:
         from_rank_0(functools.partial(self._commit, writer, step, attempt, started))
 
     def _commit(self, writer: Writer, step: int, attempt: str, started: float) -> None:
-        assert writer.written is not None
         try:
-            self._append("commit", step=step, attempt=attempt, manifest=writer.written.manifest)
+            self._append("commit", step=step, attempt=attempt, manifest=writer.manifest)
         except OSError as error:
             # The attempt stays where it is: the entry may have got into the log all the same.
             raise SaveError(f"step {step} could not be committed in {self._storage.root}: {error}") from error
         seconds = time.monotonic() - started
-        self._events.emit("committed", step=step, seconds=seconds, bytes=writer.written.size)
+        self._events.emit("committed", step=step, seconds=seconds, bytes=writer.size)
         for entry in to_retire(self._log, self._keep_last):
             self._append("retire", step=entry.step, attempt=entry.attempt)
             self._storage.remove(f"{CHECKPOINTS}/{entry.attempt}")

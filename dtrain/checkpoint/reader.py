@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +24,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from dtrain.checkpoint.format import BlockHasher, Chunk, Manifest, Piece, TensorItem, digest, dtype_named
+from dtrain.checkpoint.format import BlockHasher, Chunk, Manifest, Piece, TensorItem, digest
+from dtrain.checkpoint.layout import bytes_of
+from dtrain.checkpoint.tree import dtype_named
 from dtrain.errors import Damaged
 from dtrain.storage.base import Storage
 
@@ -103,7 +104,7 @@ class Reader(StorageReader):
 
 
 def read_piece(
-    storage: Storage, folder: str, piece: Piece, manifest: Manifest, payload: torch.Tensor | None = None
+    storage: Storage, folder: str, piece: Piece | Chunk, manifest: Manifest, payload: torch.Tensor | None = None
 ) -> None:
     """Read a piece, check it against its digests, and leave a chunk's tensor bytes in `payload`.
 
@@ -112,7 +113,7 @@ def read_piece(
     if payload is None or not isinstance(piece, Chunk):
         buffers = [memoryview(bytearray(piece.length))]
     else:
-        body = _bytes_of(payload)
+        body = bytes_of(payload)
         tail = piece.length - piece.payload - body.nbytes
         if tail < 0:
             raise Damaged(f"{folder}/{piece.file}: an item of {piece.length} bytes is too short for its tensor")
@@ -156,10 +157,3 @@ def _damaged(place: str) -> Iterator[None]:
         if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO):
             raise
         raise Damaged(f"{place}: {error}") from error
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
-    if math.prod(tensor.shape) == 0:
-        return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.format import Manifest, TensorItem, decode, dtype_name, dtype_named, flatten
+from dtrain.checkpoint.format import Manifest, TensorItem
+from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
 from dtrain.errors import StateError, UsageError
 
 RUN = "dtrain"

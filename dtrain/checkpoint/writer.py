@@ -1,8 +1,10 @@
 """`Writer`: a DCP `StorageWriter` that hashes what it writes and leaves a manifest.
 
+    dcp.save(state, storage_writer=Writer(LocalStorage("runs/x"), "checkpoints/mine", state, step=7))
+
 The files are those that stock DCP writes, so stock `dcp.load` opens the folder. Every rank writes one shard file; the
 coordinator writes the index when all of them are durable. Nothing becomes a checkpoint here: that is the commit log's
-part (see `manager`).
+part (see `catalog`).
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import zipfile
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import StorageWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -26,26 +34,15 @@ from dtrain.checkpoint.format import (
     MANIFEST,
     METADATA,
     BlockHasher,
-    Chunk,
     Manifest,
-    Piece,
-    TensorItem,
+    Part,
     digest,
-    dtype_name,
-    encode,
-    flatten,
+    json_text,
+    tensors_to_json,
 )
+from dtrain.checkpoint.layout import Layout
+from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, encode, flatten
 from dtrain.storage.base import Sink, Storage
-
-
-@dataclass(frozen=True)
-class Written:
-    """What is reported back of a finished checkpoint."""
-
-    manifest: str
-    """Digest of the manifest."""
-    size: int
-    """Of all shard files together, in bytes."""
 
 
 class Writer(StorageWriter):
@@ -64,8 +61,10 @@ class Writer(StorageWriter):
         self._tree = encode(tree)
         self._step = step
         self._rank = 0
-        self.written: Written | None = None
-        """Set on the coordinator when the attempt is whole."""
+        self.manifest = ""
+        """Digest of the manifest, set on the coordinator when the attempt is whole."""
+        self.size = 0
+        """Of all shard files together, in bytes; set likewise."""
 
     @property
     def state_dict(self) -> dict[str, Any]:
@@ -85,104 +84,116 @@ class Writer(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"__{self._rank}_0.distcp"
         results: list[WriteResult] = []
         if plan.items:
+            layout = Layout(item for item in plan.items if item.type != WriteItemType.BYTE_IO)
+            data = {item.index: planner.resolve_data(item) for item in plan.items}
+            tensors = [tensor for tensor in data.values() if isinstance(tensor, torch.Tensor)]
+            copies = {index.fqn: copy.getvalue() for index, copy in data.items() if isinstance(copy, io.BytesIO)}
+            name = shard_name(self._rank)
             with self._storage.open_new(f"{self._folder}/{name}") as sink:
-                offset = 0
-                for item in plan.items:
-                    piece = _write_item(sink, name, offset, item, planner)
-                    offset += piece.length
-                    results.append(WriteResult(item.index, piece.length, piece))
+                digests = write_stream(sink, layout, layout.stream(tensors))
+                part = with_values(
+                    Part(file=name, size=layout.size, items=layout.items, digests=digests),
+                    copies,
+                    sink,
+                )
+            results.append(WriteResult(plan.items[0].index, part.size, part))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        pieces = {result.index: result.storage_data for rank in results for result in rank}
-        files: dict[str, int] = {}
-        for piece in pieces.values():
-            files[piece.file] = max(files.get(piece.file, 0), piece.offset + piece.length)
-        index = pickle.dumps(
-            replace(
-                metadata,
-                planner_data={name: path for name, (path, _) in self._leaves.items()},
-                storage_data={
-                    key: _StorageInfo(piece.file, piece.offset, piece.length) for key, piece in pieces.items()
-                },
-            )
-        )
-        tensors: dict[str, TensorItem] = {}
-        values: dict[str, Piece] = {}
-        for key, piece in pieces.items():
-            meta = metadata.state_dict_metadata[key.fqn]
-            if isinstance(meta, TensorStorageMetadata):
-                empty = TensorItem(dtype=dtype_name(meta.properties.dtype), shape=list(meta.size), chunks=[])
-                tensors.setdefault(key.fqn, empty).chunks.append(piece)
-            else:
-                values[key.fqn] = piece
-        manifest = Manifest(
+        shapes = {
+            name: (dtype_name(item.properties.dtype), item.size)
+            for name, item in metadata.state_dict_metadata.items()
+            if isinstance(item, TensorStorageMetadata)
+        }
+        parts: list[Part] = [result.storage_data for rank in results for result in rank]
+        self.size = sum(part.size for part in parts)
+        self.manifest = write_indexes(
+            self._storage,
+            self._folder,
+            parts,
             step=self._step,
             world_size=len(results),
-            tree=self._tree,
-            tensors=tensors,
-            values=values,
-            files=files | {METADATA: len(index)},
-            metadata=digest(index),
-        ).to_json()
-        for name, data in ((METADATA, index), (MANIFEST, manifest)):
-            with self._storage.open_new(f"{self._folder}/{name}") as sink:
-                sink.write(data)
-        self._storage.seal(self._folder)
-        self.written = Written(digest(manifest), sum(files.values()))
+            tree=json_text(self._tree),
+            tensors=tensors_to_json(shapes),
+        )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _write_item(sink: Sink, file: str, offset: int, item: WriteItem, planner: SavePlanner) -> Piece:
-    data = planner.resolve_data(item)
-    hasher = BlockHasher()
-    if item.type == WriteItemType.BYTE_IO:
-        assert isinstance(data, io.BytesIO)
-        view = data.getbuffer()
-        sink.write(view)
-        hasher.update(view)
-        return Piece(file=file, offset=offset, length=view.nbytes, digests=hasher.digests())
-    assert isinstance(data, torch.Tensor)
-    assert item.tensor_data is not None
-    frame = _frame(data)
-    sink.write(frame)
-    hasher.update(frame)
-    return Chunk(
-        file=file,
-        offset=offset,
-        length=frame.nbytes,
-        digests=hasher.digests(),
-        payload=_payload(frame),
-        offsets=list(item.tensor_data.chunk.offsets),
-        sizes=list(item.tensor_data.chunk.sizes),
-    )
+def shard_name(rank: int) -> str:
+    return f"__{rank}_0.distcp"
 
 
-def _frame(tensor: torch.Tensor) -> memoryview:
-    """What `torch.save` makes of a tensor: a zip file in which the tensor's bytes lie as they are."""
-    # A conjugate or negative view says so beside its bytes, where only an unpickler would look.
-    tensor = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        tensor = tensor.clone()  # torch.save writes the whole storage, of which a view is only a part
-    stream = io.BytesIO()
-    torch.save(tensor, stream)
-    return stream.getbuffer()
+def write_stream(sink: Sink, layout: Layout, stream: Iterable[memoryview]) -> bytes:
+    """Write a shard file as it streams by. :returns: its items' digests."""
+    # Three parts to an item: what stands before it, with its frame; its tensor's bytes; the end of its frame.
+    parts = iter(stream)
+    digests = []
+    for place in layout.places:
+        head, body, tail = next(parts), next(parts), next(parts)
+        hasher = BlockHasher()
+        for data in (head[head.nbytes - len(place.frame.head) :], body, tail):
+            hasher.update(data)
+        digests.append(hasher.digests())
+        for data in (head, body, tail):
+            sink.write(data)
+    for data in parts:
+        sink.write(data)
+    return b"".join(digests)
 
 
-def _payload(frame: memoryview) -> int:
-    """Where the tensor's own bytes begin in its frame."""
-    with zipfile.ZipFile(io.BytesIO(frame)) as archive:
-        (record,) = (info for info in archive.infolist() if info.filename.endswith("/data/0"))
-    # The local header, which the zip directory points to: 30 bytes, of which the last four are the lengths of the
-    # name and of the padding that follow (APPNOTE.TXT 4.3.7).
-    start = record.header_offset
-    lengths = bytes(frame[start + 26 : start + 30])
-    return start + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+def with_values(part: Part, copies: dict[str, bytes], sink: Sink) -> Part:
+    """Append the pickled copies of plain values to a shard file, and tell of them in its part of the manifest."""
+    items, digests, size = [], [part.digests], part.size
+    for name, copy in copies.items():
+        sink.write(copy)
+        items.append([name, size, len(copy)])
+        hasher = BlockHasher()
+        hasher.update(memoryview(copy))
+        digests.append(hasher.digests())
+        size += len(copy)
+    more = json_text(items)[1:-1]
+    text = part.items if not more else f"{part.items[:-1]}{',' if len(part.items) > 2 else ''}{more}]"
+    return Part(file=part.file, size=size, items=text, digests=b"".join(digests))
+
+
+def write_indexes(
+    storage: Storage, folder: str, parts: list[Part], *, step: int, world_size: int, tree: str, tensors: str
+) -> str:
+    """Write `.metadata` and the manifest of an attempt whose shard files are durable. :returns: manifest's digest."""
+    bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=tensors, index=b"")
+    manifest = Manifest.from_json(bare)
+    manifest.check_whole()
+    index = dcp_index(manifest)
+    data = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=tensors, index=index)
+    for name, content in ((METADATA, index), (MANIFEST, data)):
+        with storage.open_new(f"{folder}/{name}") as sink:
+            sink.write(content)
+    storage.seal(folder)
+    return digest(data)
+
+
+def dcp_index(manifest: Manifest) -> bytes:
+    """The file `.metadata` that stock DCP goes by."""
+    entries: dict[str, Any] = {}
+    storage_data: dict[MetadataIndex, _StorageInfo] = {}
+    for name, item in manifest.tensors.items():
+        boxes = []
+        for chunk in item.chunks:
+            offsets = torch.Size(chunk.offsets)
+            boxes.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+            storage_data[MetadataIndex(name, offsets)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
+        properties = TensorProperties(dtype=dtype_named(item.dtype))
+        entries[name] = TensorStorageMetadata(properties, torch.Size(item.shape), boxes)
+    for name, piece in manifest.values.items():
+        entries[name] = BytesStorageMetadata()
+        storage_data[MetadataIndex(name)] = _StorageInfo(piece.file, piece.offset, piece.length)
+    placeholder = torch.empty(0, device="meta")
+    paths = {name: path for name, (path, _) in flatten(decode(manifest.tree, lambda _: placeholder)).items()}
+    return pickle.dumps(Metadata(state_dict_metadata=entries, planner_data=paths, storage_data=storage_data))

@@ -1,0 +1,64 @@
+"""Who writes what: each rank works out its own part of a save, without a word to the others.
+
+What is replicated is written once, by the rank whose turn it is: every rank comes to the same answer, since it follows
+from names, sizes and the number of ranks alone. So there is no planning that grows with the number of ranks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Mapping
+
+import torch
+import torch.distributed.checkpoint.planner_helpers as dcp_helpers
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from dtrain.errors import StateError
+
+
+def local_items(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> list[WriteItem]:
+    """What this rank writes of the state.
+
+    :param tensors: by name, the same names on all ranks in any order. A plain tensor is the same on all ranks; a
+        DTensor is this rank's part of one.
+    :raises StateError: a tensor holds sums that are still to be added up over the ranks.
+    """
+    owners = _owners({name: t for name, t in tensors.items() if not isinstance(t, DTensor)}, world_size)
+    return [
+        item
+        for name, tensor in tensors.items()
+        if (_writes_shard(name, tensor) if isinstance(tensor, DTensor) else owners[name] == rank)
+        for item in dcp_helpers._create_write_items(name, tensor)
+    ]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
+    """The rank that writes each of the tensors that all ranks hold: the largest first, to who has the least."""
+    load = [(0, rank) for rank in range(world_size)]
+    owners = {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        held, rank = load[0]
+        owners[name] = rank
+        heapq.heapreplace(load, (held + tensors[name].nbytes + 1, rank))
+    return owners
+
+
+def _writes_shard(name: str, tensor: DTensor) -> bool:
+    """Of the ranks that hold the same shard, one writes it."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or tensor.to_local().numel() == 0:
+        return False
+    turn = zlib.crc32(name.encode())
+    for dimension, placement in enumerate(tensor.placements):
+        if isinstance(placement, Partial):
+            raise StateError(f"{name}: its parts are sums that are still to be added up; save it after that")
+        if isinstance(placement, Replicate) and coordinate[dimension] != turn % tensor.device_mesh.size(dimension):
+            return False
+    return True
