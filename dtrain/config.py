@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dtrain.errors import ConfigError
 
-Unit = Literal["steps", "seconds", "epochs"]
+Unit = Literal["steps", "seconds", "epochs", "auto"]
 
 SAME_BITS = ("global_batch", "micro_batch", "seed")
 """The options that decide what is computed: equal in every start of a run."""
@@ -25,31 +25,57 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Interval:
-    """A distance between two saves, such as 100 steps, 90 seconds or 1 epoch."""
+    """A distance between two saves, such as 100 steps, 90 seconds or 1 epoch; or `auto`, which is worked out anew."""
 
     amount: float
     unit: Unit
 
     @classmethod
-    def parse(cls, text: int | str) -> Interval:
-        """Read `100` (steps), `"90s"`, `"10m"`, `"2h"`, `"1 epoch"`, `"200 steps"`.
+    def parse(cls, text: int | str, option: str = "save_every") -> Interval:
+        """Read `100` (steps), `"90s"`, `"10m"`, `"2h"`, `"1 epoch"`, `"200 steps"`, `"auto"`.
 
+        :param option: which one it is, for the messages.
         :raises ConfigError: it is none of these, or not above zero.
         """
+        if text == "auto":
+            return cls(0, "auto")
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|steps?|s|m|h|epochs?)", str(text).strip())
         if match is None or isinstance(text, bool):
             raise ConfigError(
-                f"save_every={text!r} is no interval; write a number of steps (200), "
-                "or a text such as '90s', '10m', '2h' or '1 epoch'"
+                f"{option}={text!r} is no interval; write a number of steps (200), "
+                "or a text such as '90s', '10m', '2h', '1 epoch' or 'auto'"
             )
         amount, unit = float(match[1]), match[2]
         if amount <= 0:
-            raise ConfigError(f"save_every={text!r} must be above zero")
+            raise ConfigError(f"{option}={text!r} must be above zero")
         if unit in _SECONDS:
             return cls(amount * _SECONDS[unit], "seconds")
         if amount != int(amount):
-            raise ConfigError(f"save_every={text!r}: steps and epochs are whole numbers")
+            raise ConfigError(f"{option}={text!r}: steps and epochs are whole numbers")
         return cls(amount, "epochs" if unit.startswith("epoch") else "steps")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoints by a metric.
+
+    :raises ConfigError: an option can't be right.
+    """
+
+    metric: str
+    """A name given to `run.save(metrics=...)`."""
+
+    mode: Literal["min", "max"] = "min"
+    """Whether less of it is better, or more."""
+
+    k: int = 1
+    """How many of them."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f"Best(mode={self.mode!r}) must be 'min' or 'max'")
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ConfigError(f"Best(k={self.k!r}) must be a whole number, 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +95,32 @@ class Config:
     """Decides the order of the samples and every random number of the training."""
 
     save_every: int | str = "10m"
-    """Distance between two checkpoints: a number of steps, or `"90s"`, `"10m"`, `"2h"`, `"1 epoch"`. There is
-    always one more at the end of the run."""
+    """Distance between two checkpoints, which is what the death of a node costs: a number of steps, `"90s"`, `"10m"`,
+    `"2h"`, `"1 epoch"`, or `"auto"` for the one that costs the least, given what a save is measured to cost and
+    `mtbf_hours`. There is always one more at the end of the run."""
+
+    snapshot_every: int | str = "auto"
+    """Distance between two snapshots in memory, which is what the death of a process costs: like `save_every`;
+    `"auto"` takes them as often as 1% of the time allows. Every checkpoint is one as well."""
+
+    early_save: Literal["wait", "skip"] = "wait"
+    """What to do when a checkpoint is due after so many steps or epochs, and the one before is still being written.
+    Those that are due by the clock come when it is written."""
+
+    mtbf_hours: float = 24.0
+    """Mean time between two failures that cost more than a process, for `save_every="auto"`."""
 
     keep_last: int = 3
-    """How many checkpoints are kept, at least 2: should the newest be damaged, there is one to go back to."""
+    """How many of the newest checkpoints are kept, at least 2: should one be damaged, there is one to go back to."""
+
+    keep_every: int | None = None
+    """Besides, those of every so many steps are kept for ever: of 1000, the first at or after step 1000, 2000, ..."""
+
+    keep_for: str | None = None
+    """Besides, those that are younger than this, such as `"2h"`."""
+
+    keep_best: Best | None = None
+    """Besides, the best ones by a metric, such as `Best("val/loss", k=3)`."""
 
     max_stalled: int = 3
     """The run stops after so many generations in a row that ended without a new step."""
@@ -114,6 +161,16 @@ class Config:
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s={self.timeout_s!r} must be above zero")
         Interval.parse(self.save_every)
+        if Interval.parse(self.snapshot_every, "snapshot_every").unit == "epochs":
+            raise ConfigError(f"snapshot_every={self.snapshot_every!r} takes steps, a time or 'auto'")
+        if self.early_save not in ("wait", "skip"):
+            raise ConfigError(f"early_save={self.early_save!r} must be 'wait' or 'skip'")
+        if not self.mtbf_hours > 0:
+            raise ConfigError(f"mtbf_hours={self.mtbf_hours!r} must be above zero")
+        if self.keep_every is not None and (not isinstance(self.keep_every, int) or self.keep_every < 1):
+            raise ConfigError(f"keep_every={self.keep_every!r} must be a number of steps, 1 or more")
+        if self.keep_for is not None and Interval.parse(self.keep_for, "keep_for").unit != "seconds":
+            raise ConfigError(f"keep_for={self.keep_for!r} must be a time, such as '2h'")
 
     @property
     def micro_batches(self) -> int:

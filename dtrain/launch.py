@@ -14,10 +14,13 @@ import torch
 import torch._dynamo  # the first optimizer imports it, which takes a second: better once here than in every trainer
 import torch.distributed as dist
 
+from dtrain.checkpoint.channel import Direct
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.snapshot import Slots
 from dtrain.config import Config
 from dtrain.elastic.generation import Group, Placement
 from dtrain.elastic.process import Page
-from dtrain.elastic.supervisor import Supervisor
+from dtrain.elastic.supervisor import Life, Supervisor
 from dtrain.training.run import Run
 
 # Asked in the usual way, whether there is a GPU, CUDA is started and can't be used after a fork.
@@ -38,22 +41,24 @@ def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = Fals
     """
     placement = Placement.from_env()
 
-    def train(group: Group, generation: int, page: Page) -> None:
+    def train(life: Life) -> None:
         device = _device(placement.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=group.trainers_store(generation),
+            store=life.group.trainers_store(life.generation),
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=timedelta(seconds=config.timeout_s),
         )
-        run = Run(config, placement.local_rank, device, generation, page)
+        run = Run(config, device, life)
         main(run)
         run.close()
         dist.destroy_process_group()
 
     if in_place:
-        train(Group(placement, config.timeout_s), 0, Page.shared())
+        group, slots = Group(placement, config.timeout_s), Slots()
+        saver = Saver.of(config, group.savers_store, placement.rank, placement.world_size, slots)
+        train(Life(group, 0, Page.shared(), slots, Direct(saver, slots.board)))
     else:
         Supervisor(config, placement, train).run()
 

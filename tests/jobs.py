@@ -4,7 +4,8 @@
       └─ torchrun's agent          job.agent
            └─ supervisor           job.supervisors()[rank]
                 ├─ trainer         job.trainers()[rank]
-                └─ watcher         job.watchers()[rank]
+                ├─ watcher         job.watchers()[rank]
+                └─ saver           job.savers()[rank]
 
 A job's processes are found by a token in their environment, which is inherited by whatever they start: so none is
 overlooked, and nothing is killed that isn't the job's.
@@ -99,10 +100,22 @@ class Job:
         return {rank: pid for rank, pid in alive.items() if _alive(pid)}
 
     def watchers(self) -> dict[int, int]:
-        """Process ids by rank: what a supervisor has forked and isn't a trainer."""
-        trainers = self.born_here()
-        found = {rank: set(children(supervisor)) - trainers for rank, supervisor in self.supervisors().items()}
-        return {rank: pids.pop() for rank, pids in found.items() if len(pids) == 1}
+        """Process ids by rank."""
+        return self._called("dtrain-watcher")
+
+    def savers(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return self._called("dtrain-saver")
+
+    def _called(self, name: str) -> dict[int, int]:
+        """Of each supervisor, the child of this name."""
+        found = {}
+        for rank, supervisor in self.supervisors().items():
+            for pid in children(supervisor):
+                with contextlib.suppress(OSError):  # it has just ended
+                    if _alive(pid) and Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                        found[rank] = pid
+        return found
 
     def processes(self) -> list[int]:
         """All that are alive, the agent included."""

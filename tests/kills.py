@@ -26,22 +26,32 @@ def trainers(job: Job, dice: random.Random, count: int = 1, *, rank: int | None 
     return f"trainer {'+'.join(map(str, chosen))} at step {job.step()}"
 
 
-def in_a_save(job: Job, dice: random.Random, *ranks: int) -> str:
-    """Trainers while a checkpoint is being written; before its commit, which rank 0 makes."""
-    pids = _at_any_moment(job, dice)
+def in_a_save(job: Job, dice: random.Random, *ranks: int, savers: bool = False) -> str:
+    """Trainers, or savers, while a checkpoint is being written; before its commit, which rank 0's saver makes."""
+    _at_any_moment(job, dice)
     run = Path(job.options.run)
     while True:
         attempt = job.until("save", functools.partial(attempt_under_way, run))
-        time.sleep(dice.uniform(0, 0.04))
-        os.kill(pids[0], signal.SIGSTOP)
+        time.sleep(dice.uniform(0, 0.02))
+        found = job.until("saver of every rank", lambda: _all(job, job.savers()))
+        os.kill(found[0], signal.SIGSTOP)
         caught = attempt_under_way(run) == attempt
         if caught:
             files = len(list((run / "checkpoints" / attempt).iterdir()))
-            job.kill(*(pids[rank] for rank in ranks))
-        if 0 not in ranks or not caught:
-            os.kill(pids[0], signal.SIGCONT)
+            victims = found if savers else job.trainers()
+            job.kill(*(victims[rank] for rank in ranks if rank in victims))
+        if not (savers and 0 in ranks and caught):
+            os.kill(found[0], signal.SIGCONT)
         if caught:
-            return f"trainer {'+'.join(map(str, ranks))} with {files} files of {attempt} written"
+            what = "saver" if savers else "trainer"
+            return f"{what} {'+'.join(map(str, ranks))} with {files} files of {attempt} written"
+
+
+def a_saver(job: Job, dice: random.Random, rank: int) -> str:
+    """The process that writes a rank's checkpoints."""
+    _at_any_moment(job, dice)
+    job.kill(job.until("saver", lambda: job.savers().get(rank, 0)))
+    return f"saver {rank} at step {job.step()}"
 
 
 def after_the_fork(job: Job, dice: random.Random, rank: int) -> str:
@@ -98,7 +108,7 @@ def the_agent(job: Job, dice: random.Random) -> str:
 
 def everything_in_a_save(job: Job, dice: random.Random) -> str:
     """All processes while a checkpoint is being written: the job has to be started again."""
-    what = in_a_save(job, dice, *sorted(job.until("trainers", lambda: _all(job))))
+    what = in_a_save(job, dice, *sorted(job.until("trainers", lambda: _all(job, job.trainers()))))
     job.kill_all()
     return f"everything: {what}"
 
@@ -107,11 +117,10 @@ def _at_any_moment(job: Job, dice: random.Random) -> dict[int, int]:
     """Wait for new steps, and then for a moment more. :returns: the trainers' process ids by rank."""
     job.until_new_steps(dice.randint(2, 5))
     time.sleep(dice.uniform(0, 0.1))
-    return job.until("trainer of every rank", lambda: _all(job))
+    return job.until("trainer of every rank", lambda: _all(job, job.trainers()))
 
 
-def _all(job: Job) -> dict[int, int]:
-    found = job.trainers()
+def _all(job: Job, found: dict[int, int]) -> dict[int, int]:
     return found if len(found) == job.ranks else {}
 
 

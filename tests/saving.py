@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from dtrain.checkpoint.catalog import CHECKPOINTS
+from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.log import Entry, Log
-from dtrain.checkpoint.manager import CHECKPOINTS, Manager, Restored
+from dtrain.checkpoint.manager import Manager, Restored
+from dtrain.checkpoint.saver import Saver as WritingSaver
+from dtrain.checkpoint.snapshot import Slots, Snapshots
 from dtrain.checkpoint.state import State
+from dtrain.config import Config
 from dtrain.observe.events import EVENTS, Events, read_lines
 from dtrain.storage.local import LocalStorage
 
@@ -30,21 +37,44 @@ class Kept:
 
 
 class Saver:
-    """One generation that has claimed a run folder. All ranks must make it."""
+    """One generation that has claimed a run folder, its savers being the ranks themselves. All ranks must make it."""
 
     def __init__(self, root: Path, keep_last: int = 3, **objects: Any) -> None:
-        storage = LocalStorage(str(root))
+        storage, events = LocalStorage(str(root)), Events(str(root))
         storage.prepare()
-        self.manager = Manager(storage, keep_last, Events(str(root)))
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        config = Config(dir=str(root), global_batch=1, micro_batch=1, keep_last=keep_last, timeout_s=30)
+        self.slots = Slots()
+        snapshots = Snapshots(
+            self.slots,
+            rank=rank,
+            world_size=world_size,
+            local_world_size=world_size,
+            generation=0,
+            spill=str(root),
+            say=events.warn,
+        )
+
+        self.saver = WritingSaver.of(config, connection(), rank, world_size, self.slots)
+        self.manager = Manager(storage, Direct(self.saver, self.slots.board), self.slots, snapshots, events)
+        self.catalog = self.saver._catalog
         self.manager.claim()
         self.state = State()
         self.state.track(objects)
 
-    def save(self, step: int) -> None:
-        self.manager.save(self.state, step, {"step": step})
+    def save(self, step: int, metrics: dict[str, float] | None = None) -> None:
+        self.manager.save(self.state, step, {"step": step}, metrics)
+        self.manager.wait()
 
     def restore(self) -> Restored | None:
         return self.manager.restore(self.state)
+
+
+def connection() -> Callable[[], dist.Store]:
+    """What connects this group of savers to a store, below a prefix that is theirs alone. All ranks must reach it."""
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name)
+    return lambda: dist.PrefixStore(f"savers/{name[0]}", dist.distributed_c10d._get_default_store())
 
 
 def save(root: Path, step: int = 1, **objects: Any) -> None:

@@ -205,7 +205,7 @@ def _with_manifest(root: Path, step: int, change: Callable[[dict[str, Any]], Non
     def commit() -> None:
         saver = Saver(root)
         (folder / MANIFEST).write_bytes(data)
-        saver.manager._log.append(
+        saver.catalog.log.append(
             Entry(
                 kind="commit",
                 epoch=saver.manager.epoch,

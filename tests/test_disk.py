@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.checkpoint.manager import CHECKPOINTS
+from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.errors import ConfigError, SaveError
 from dtrain.storage.local import LocalStorage
 from tests.saving import Kept, Saver, bits, commits, restore
@@ -96,7 +96,7 @@ def test_a_run_on_a_full_disk_stops_with_the_reason_and_goes_on_when_there_is_sp
     filler = fill(disk, leave=100_000)  # enough for the log, too little for a checkpoint
     found = run(disk, "--steps", 6, *width)
     assert found.code == 1
-    why = f"SaveError: step 4 could not be saved in {disk}: rank 0: [Errno 28] No space left on device"
+    why = f"SaveError: step 6 could not be saved in {disk}: rank 0: [Errno 28] No space left on device"
     assert [line for line in found.said if line.startswith("stopped: ") and why in line], found.err
     assert commits(disk) == [2]
     filler.unlink()

@@ -26,15 +26,15 @@ def total_of(world: int, counts: list[int]) -> Totals:
     """What each rank sends below, added up."""
     ranks = range(world)
     loss = sum(1.5 * rank + 1e-3 for rank in ranks)
-    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, False)
+    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, 2)
 
 
 def send(exchange: Exchange, rank: int, counts: list[int]) -> None:
-    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, save=False)
+    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, action=0 if rank else 2)
 
 
 def assert_equal(found: Totals, expected: Totals) -> None:
-    assert (found.count, found.stop, found.save) == (expected.count, expected.stop, expected.save)
+    assert (found.count, found.stop, found.action) == (expected.count, expected.stop, expected.action)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
 

@@ -51,6 +51,19 @@ def test_ranks_killed_in_the_middle_of_a_save_change_no_bit(
         assert_ended_as(job, undisturbed, ranks)
 
 
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 14), (3, 15)])
+def test_killed_savers_are_replaced_and_change_no_bit(
+    options: Options, undisturbed: Undisturbed, ranks: int, seed: int
+) -> None:
+    """What was being saved is not: that ends the generation, and the next one goes on from memory."""
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        kills.a_saver(job, dice, ranks - 1)
+        kills.in_a_save(job, dice, 0, savers=True)
+        kills.in_a_save(job, dice, ranks - 1, savers=True)
+        assert_ended_as(job, undisturbed, ranks)
+
+
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 7), (3, 8)])
 def test_ranks_killed_before_their_first_step_change_no_bit(
     options: Options, undisturbed: Undisturbed, ranks: int, seed: int

@@ -37,8 +37,7 @@ def test_what_was_retired_but_not_removed_yet_is_removed_by_the_next_claim(tmp_p
     folder = folder_of(tmp_path, 10)
 
     def retire() -> None:
-        manager = Saver(tmp_path).manager
-        manager._append("retire", step=10, attempt=folder.name)  # and here the process is killed
+        Saver(tmp_path).catalog._append("retire", step=10, attempt=folder.name)  # and here the process is killed
 
     alone(retire)
     assert folder.is_dir()

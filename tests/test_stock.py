@@ -141,7 +141,7 @@ def _adjust(root: Path) -> None:
 
     def commit() -> None:
         saver = Saver(root)
-        saver.manager._log.append(
+        saver.catalog.log.append(
             Entry(
                 kind="commit", epoch=saver.manager.epoch, time=0.0, step=5, attempt=folder.name, manifest=digest(data)
             )

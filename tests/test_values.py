@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dtrain.checkpoint.tree import decode, encode, flatten
-from dtrain.errors import StateError
-from tests.saving import Kept, differences, restore, round_trip, save
+from dtrain.errors import SaveError, StateError
+from tests.saving import Kept, commits, differences, restore, round_trip, save
 from tests.world import alone, errors, in_world
 
 
@@ -154,11 +154,14 @@ def test_dicts_and_tuples_of_other_classes_come_back_as_plain_ones() -> None:
     assert list(differences({"a": {"b": 1}, "c": (1, 2), "d": {"a": 2, "b": 1}}, through_json(tree))) == []
 
 
-def test_values_that_differ_between_ranks_come_back_as_those_of_rank_0(tmp_path: Path) -> None:
-    def work(rank: int) -> Any:
-        save(tmp_path, kept=Kept({"rank": rank, "texts": ["a"] * rank}))
-        kept = Kept()
-        restore(tmp_path, kept=kept)
-        return kept.value
+def test_values_that_differ_between_ranks_are_refused_by_the_name_of_their_object(tmp_path: Path) -> None:
+    """A checkpoint has room for those of one rank, and the others would be lost without a word."""
 
-    assert in_world(2, work) == [{"rank": 0, "texts": []}] * 2
+    def work(rank: int) -> str:
+        with pytest.raises(SaveError) as found:
+            save(tmp_path, same=Kept(1), kept=Kept({"rank": rank}))
+        return str(found.value)
+
+    for message in in_world(2, work):
+        assert "the plain values of kept differ between ranks 0 and 1" in message
+    assert commits(tmp_path) == []

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import dtrain
+from dtrain.checkpoint.channel import Direct
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.snapshot import Slots
+from dtrain.elastic.generation import Placement
 from dtrain.elastic.process import Page
+from dtrain.elastic.supervisor import Life
+from tests.saving import connection
 
 SAMPLES = 40
 
@@ -22,7 +30,12 @@ def opened(root: Path, page: Page | None = None, **options: Any) -> Iterator[dtr
     """A run in this process, which is one rank of a group."""
     options = {"global_batch": 8, "micro_batch": 2, "save_every": 1000} | options
     config = dtrain.Config(dir=str(root), **options)
-    run = dtrain.Run(config, 0, torch.device("cpu"), 0, page or Page.shared())
+    placement = Placement(dist.get_rank(), dist.get_world_size(), local_world_size=dist.get_world_size())
+    group: Any = SimpleNamespace(placement=placement)  # without supervisors: the ranks are their own savers
+    slots = Slots()
+    saver = Saver.of(config, connection(), placement.rank, placement.world_size, slots)
+    life = Life(group, 0, page or Page.shared(), slots, Direct(saver, slots.board))
+    run = dtrain.Run(config, torch.device("cpu"), life)
     yield run
     run.close()
 

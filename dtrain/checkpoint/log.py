@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import xxhash
@@ -44,6 +44,12 @@ class Entry:
     """The checkpoint's folder, below `checkpoints/`."""
     manifest: str = ""
     """Digest of the checkpoint's manifest."""
+    bytes: int = 0
+    """Of a commit's shard files together."""
+    world_size: int = 0
+    """Of the ranks that wrote it."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the state was measured to be worth, where it was measured."""
     reason: str = ""
     number: int = -1
     """The entry's place in the log; not part of the file, but its name."""
@@ -79,10 +85,19 @@ class Log:
         """The newest epoch that was claimed; 0 in a new run."""
         return max((entry.epoch for entry in self.entries), default=0)
 
-    def claim(self, time: float, nonce: str) -> Entry:
-        """Take the run over: from now on, no earlier generation can add to the log."""
+    def claim(self, time: float, nonce: str, *, after: int | None = None) -> Entry:
+        """Take the run over: from now on, no earlier generation can add to the log.
+
+        :param after: the epoch that has to be the newest one still; None takes the run over from any.
+        :raises Fenced: it is no more.
+        """
         while True:
             self.refresh()
+            if after is not None and self.epoch != after:
+                raise Fenced(
+                    f"{self._storage.root}: epoch {self.epoch} took over; epoch {after} is a leftover and stops "
+                    "without writing any more"
+                )
             entry = self._create(Entry(kind="claim", epoch=self.epoch + 1, time=time, nonce=nonce))
             if entry is not None:
                 self._claim, self._epoch = entry.number, entry.epoch

@@ -1,93 +1,189 @@
-"""`Manager`: a run's checkpoints: claims the run, saves, commits, restores, deletes.
+"""`Manager`: a trainer's checkpoints: takes snapshots, has them saved, and restores.
 
-Rank 0 alone reads and writes the log; what it finds it tells the others. Every method but the constructor is a
-collective operation: all ranks must reach it.
+Nothing is written here: that is the saver's work (see `saver`). Every method is a collective operation unless it says
+otherwise: all ranks must reach it.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 
-from dtrain.checkpoint.format import MANIFEST, Manifest
-from dtrain.checkpoint.log import FOLDER, Entry, Log
-from dtrain.checkpoint.policy import to_retire
-from dtrain.checkpoint.reader import Reader, read_manifest
+from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
+from dtrain.checkpoint.channel import Client
+from dtrain.checkpoint.format import Manifest, Part
+from dtrain.checkpoint.log import Log
+from dtrain.checkpoint.reader import Reader
+from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
-from dtrain.checkpoint.writer import Writer
-from dtrain.errors import Damaged, DtrainError, NoGoodCheckpoint, SaveError
+from dtrain.checkpoint.tree import flatten
+from dtrain.checkpoint.writer import Indexes, shard_name
+from dtrain.errors import Damaged, DtrainError, Fenced, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.local import LocalStorage
 
-CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was loaded."""
+    """A state that was loaded."""
 
     step: int
     position: dict[str, Any]
-    """The run's own part of the state."""
+    """The run's own part of it."""
+    committed: bool
+    """Whether it's the newest checkpoint's."""
 
 
 class Manager:
     """The checkpoints of one run folder, for one generation of ranks.
 
-    :param keep_last: how many checkpoints to keep.
+    :ivar epoch: the one that this group of savers claimed.
+    :ivar stall_s: how long the last snapshot held up the training, in seconds.
     """
 
-    def __init__(self, storage: LocalStorage, keep_last: int, events: Events) -> None:
+    def __init__(
+        self, storage: LocalStorage, client: Client, slots: Slots, snapshots: Snapshots, events: Events
+    ) -> None:
         self._storage = storage
-        self._keep_last = keep_last
+        self._client = client
+        self._slots = slots
+        self._snapshots = snapshots
         self._events = events
-        self._log = Log(storage)
-        self._claim = Entry(kind="claim", epoch=0, time=0.0)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that this generation claimed."""
-        return self._claim.epoch
+        self.epoch = 0
+        self.stall_s = 0.0
 
     def claim(self) -> None:
-        """Take the run over from any earlier generation, and clear away what it left unfinished."""
-
-        def on_rank_0() -> Entry:
-            claim = self._log.claim(time.time(), uuid.uuid4().hex[:8])
-            for broken in self._log.broken:
-                self._events.warn(f"{self._storage.root}/{broken}: passed over")
-            for folder in (".", FOLDER):
-                self._storage.sweep(folder)
-            whole = {e.attempt for e in self._log.commits()} | {e.attempt for e in self._log.bad()}
-            for name in self._storage.names(CHECKPOINTS):
-                # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
-                # And none at all while an entry can't be read, since that may be the commit of any of them.
-                if name not in whole and 0 <= _epoch_of(name) < claim.epoch and not self._log.broken:
-                    self._storage.remove(f"{CHECKPOINTS}/{name}")
-            return claim
-
-        self._claim = from_rank_0(on_rank_0)
+        """Take the run over from any earlier group of savers."""
+        self.epoch = from_rank_0(self._client.claim)
 
     def restore(self, state: State) -> Restored | None:
-        """Load the newest good checkpoint; None if the run has none yet.
+        """Load the newest state that all ranks can have; None if there is none yet.
 
-        One that fails its check on any rank is recorded as bad on all of them, and the one before is taken.
+        That is the newest snapshot in memory, after the death of a trainer; else the newest good checkpoint. A
+        checkpoint that fails its check on any rank is recorded as bad on all of them, and the one before is taken.
 
         :raises NoGoodCheckpoint: there are commits, and none of them is good.
         :raises StateError: the tracked objects aren't those that were saved.
         """
-        candidates = self._candidates() if dist.get_rank() == 0 else iter(())
+        log = Log(self._storage)
+        committed = from_rank_0(functools.partial(self._newest_commit, log))
+        return self._from_memory(state, committed) or self._from_storage(state, log)
+
+    def snapshot(self, state: State, step: int, position: dict[str, Any]) -> None:
+        """Copy the state into memory. No collective operation."""
+        self._take(state, step, position, lambda _: None)
+
+    def save(self, state: State, step: int, position: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Copy the state into memory, and have it saved while the training goes on. No collective operation.
+
+        Waits for the save before it, if that is still under way.
+
+        :raises SaveError: that one has failed; the commit before it stands.
+        :raises Fenced: a newer generation has taken the run over.
+        """
+        self.wait()
+        self._take(state, step, position, lambda snapshot: self._client.begin(snapshot, metrics or {}))
+
+    def wait(self) -> None:
+        """Wait until all that was to be saved is committed. No collective operation.
+
+        :raises SaveError: it couldn't be; the commit before it stands.
+        :raises Fenced: a newer generation has taken the run over.
+        """
+        self._snapshots.complete()
+        self._client.wait()
+
+    def complete(self) -> None:
+        """Wait until the tensors may change again, after a copy that goes on beside the training."""
+        self._snapshots.complete()
+
+    @property
+    def committed(self) -> int:
+        """The step of the last commit that this rank's saver knows of; 0 before."""
+        return self._slots.board.committed
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._client.busy
+
+    def _take(self, state: State, step: int, position: dict[str, Any], then: Callable[[Snapshot], None]) -> None:
+        started = time.monotonic()
+        self._snapshots.take(state.tree(position), step, self._steady(state), then)
+        self.stall_s = time.monotonic() - started
+
+    def _steady(self, state: State) -> Collection[str]:
+        """Names of the tensors that nothing but the optimizer changes."""
+        if not torch.cuda.is_initialized():
+            return ()
+        return {f"{name}.{key}" for name, module in state.modules().items() for key, _ in module.named_parameters()} | {
+            f"{name}.state.{key}"
+            for name, optimizer in state.objects.items()
+            if isinstance(optimizer, Optimizer)
+            for key in flatten(state.tree({})[name]["state"])
+        }
+
+    def _newest_commit(self, log: Log) -> int:
+        log.refresh()
+        if log.epoch != self.epoch:
+            raise Fenced(
+                f"{self._storage.root}: epoch {log.epoch} took over; epoch {self.epoch} is a leftover and stops"
+            )
+        return max((entry.step for entry in log.commits()), default=0)
+
+    def _from_memory(self, state: State, committed: int) -> Restored | None:
+        """Load the newest snapshot that all ranks have, unless there is a checkpoint of a later step."""
+        mine = {(found.generation, found.number): asdict(found) for found in self._slots.whole()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (_machine(), mine))
+        common = set(mine).intersection(*(theirs for _, theirs in ranks))
+        if not common or len({machine for machine, _ in ranks}) > 1:
+            return None
+        parts = [Snapshot(**theirs[max(common)]) for _, theirs in ranks]
+        if parts[0].step < committed:
+            return None
+        metas = [part.meta() for part in parts]
+        manifest = Manifest.from_json(
+            Manifest.join(
+                [
+                    Part(file=shard_name(rank), size=meta["size"], items=meta["items"], digests=b"")
+                    for rank, meta in enumerate(metas)
+                ],
+                step=parts[0].step,
+                world_size=len(parts),
+                tree=metas[0]["tree"],
+                tensors=Indexes.merged(meta["tensors"] for meta in metas),
+                index=b"",
+            )
+        )
+        storage = _Memory({f"memory/{shard_name(rank)}": part.path for rank, part in enumerate(parts)})
+        started = time.monotonic()
+        targets = state.targets(manifest)
+        problem = on_all_ranks(lambda: load_tensors(storage, "memory", manifest, targets), (Exception,))
+        if problem:
+            self._events.warn(f"the snapshot of step {parts[0].step} can't be read: {problem}")
+            return None
+        position = state.apply(manifest, targets)
+        if dist.get_rank() == 0:
+            seconds = time.monotonic() - started
+            self._events.emit("restored", step=parts[0].step, seconds=seconds, place="memory")
+        return Restored(parts[0].step, position, parts[0].step == committed)
+
+    def _from_storage(self, state: State, log: Log) -> Restored | None:
+        found_by_rank_0 = candidates(self._storage, log, self._client.condemn)
         while True:
-            found = from_rank_0(lambda: next(candidates))
+            found = from_rank_0(lambda: next(found_by_rank_0))
             if found is None:
                 return None
             commit, data = found
@@ -95,81 +191,45 @@ class Manager:
             started = time.monotonic()
             targets = state.targets(manifest)
             folder = f"{CHECKPOINTS}/{commit.attempt}"
-            try:
-                dcp.load(
-                    dict(targets),
-                    storage_reader=Reader(self._storage, folder, manifest),
-                    planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                )
-            except CheckpointException as error:
-                reason = _explain(error, only=Damaged)
-                from_rank_0(functools.partial(self._condemn, commit, reason))
+            problem = on_all_ranks(
+                functools.partial(load_tensors, self._storage, folder, manifest, targets), (Damaged,)
+            )
+            if problem:
+                from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem))
                 continue
             position = state.apply(manifest, targets)
             if dist.get_rank() == 0:
-                self._events.emit("restored", step=commit.step, seconds=time.monotonic() - started)
-            return Restored(commit.step, position)
+                seconds = time.monotonic() - started
+                self._events.emit("restored", step=commit.step, seconds=seconds, place="storage")
+            return Restored(commit.step, position, True)
 
-    def save(self, state: State, step: int, position: dict[str, Any]) -> None:
-        """Write and commit a checkpoint. When this returns, it is there after any crash.
 
-        :raises SaveError: a rank could not write its part; the commit before stands.
-        :raises Fenced: a newer generation has taken the run over.
-        """
-        started = time.monotonic()
-        attempt = f"step-{step:08d}.e{self.epoch}.{self._claim.nonce}"
-        writer = Writer(self._storage, f"{CHECKPOINTS}/{attempt}", state.tree(position), step=step)
-        try:
-            dcp.save(
-                writer.state_dict,
-                storage_writer=writer,
-                planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            )
-        except CheckpointException as error:
-            if dist.get_rank() == 0:
-                self._storage.remove(f"{CHECKPOINTS}/{attempt}")  # a full disk is not made fuller
-            from_rank_0(self._log.check)  # a newer generation clears away what it finds half-written
-            raise SaveError(f"step {step} could not be saved in {self._storage.root}: {_explain(error)}") from error
-        from_rank_0(functools.partial(self._commit, writer, step, attempt, started))
+class _Memory:
+    """The ranks' slots, as a place that can be read."""
 
-    def _commit(self, writer: Writer, step: int, attempt: str, started: float) -> None:
-        try:
-            self._append("commit", step=step, attempt=attempt, manifest=writer.manifest)
-        except OSError as error:
-            # The attempt stays where it is: the entry may have got into the log all the same.
-            raise SaveError(f"step {step} could not be committed in {self._storage.root}: {error}") from error
-        seconds = time.monotonic() - started
-        self._events.emit("committed", step=step, seconds=seconds, bytes=writer.size)
-        for entry in to_retire(self._log, self._keep_last):
-            self._append("retire", step=entry.step, attempt=entry.attempt)
-            self._storage.remove(f"{CHECKPOINTS}/{entry.attempt}")
+    root = "memory"
 
-    def _candidates(self) -> Iterator[tuple[Entry, bytes] | None]:
-        """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none."""
-        self._log.refresh()
-        commits = self._log.commits()
-        for commit in reversed(commits):
-            try:
-                data, _ = read_manifest(self._storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
-                yield commit, data
-            except Damaged as error:
-                self._condemn(commit, str(error))
-        ever = [entry for entry in self._log.entries if entry.kind in ("commit", "bad")]
-        if ever or self._log.broken:
-            reasons = [f"step {e.step}: {e.reason}" for e in self._log.entries if e.kind == "bad"]
-            raise NoGoodCheckpoint(
-                f"{self._storage.root} has commits, but none of them can be read:\n  "
-                + "\n  ".join(reasons + self._log.broken)
-                + "\nBring the files back, or start in another run folder."
-            )
-        yield None
+    def __init__(self, files: dict[str, str]) -> None:
+        self._files = files
 
-    def _condemn(self, commit: Entry, reason: str) -> None:
-        self._append("bad", step=commit.step, attempt=commit.attempt, reason=reason)
-        self._events.warn(f"checkpoint of step {commit.step} is damaged and passed over: {reason}")
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        place = Path(self._files[path])
+        LocalStorage(str(place.parent)).read_into(place.name, offset, buffers)
 
-    def _append(self, kind: Any, **fields: Any) -> None:
-        self._log.append(Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields))
+
+def load_tensors(storage: Any, folder: str, manifest: Manifest, targets: dict[str, torch.Tensor]) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        dcp.load(
+            dict(targets),
+            storage_reader=Reader(storage, folder, manifest),
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def from_rank_0(work: Callable[[], T]) -> T:
@@ -187,15 +247,18 @@ def from_rank_0(work: Callable[[], T]) -> T:
     return result
 
 
-def _epoch_of(attempt: str) -> int:
-    parts = attempt.split(".")
-    return int(parts[1][1:]) if len(parts) == 3 and parts[1][1:].isdigit() else -1
+def on_all_ranks(work: Callable[[], object], expected: tuple[type[Exception], ...]) -> str:
+    """Do something on every rank. :returns: the first rank's failure of an expected kind; empty if there is none."""
+    problem = ""
+    try:
+        work()
+    except expected as error:
+        problem = f"rank {dist.get_rank()}: {error}"
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
-def _explain(error: CheckpointException, only: type[BaseException] = BaseException) -> str:
-    """The first rank's failure in words. With `only`, any failure of another kind is raised again instead."""
-    failures = sorted(error.failures.items())
-    for _, (cause, _) in failures:
-        if not isinstance(cause, only):
-            raise error
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in failures[:1])
+def _machine() -> str:
+    """Tells machines apart, and containers, whose processes can't see each other's memory."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")

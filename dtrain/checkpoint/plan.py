@@ -36,7 +36,7 @@ def local_items(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int)
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() takes 10 microseconds
 
 
 def _owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
@@ -53,7 +53,11 @@ def _owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, i
 def _writes_shard(name: str, tensor: DTensor) -> bool:
     """Of the ranks that hold the same shard, one writes it."""
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or tensor.to_local().numel() == 0:
+    if coordinate is None:
+        return False
+    if tensor.numel() == 0:
+        return not any(coordinate)
+    if tensor._local_tensor.numel() == 0:
         return False
     turn = zlib.crc32(name.encode())
     for dimension, placement in enumerate(tensor.placements):

@@ -1,53 +1,63 @@
-"""When to save, and what to keep."""
+"""What to keep: small rules that add up.
+
+    Keep(last=3, every=1000, younger_s=7200, best=Best("val/loss", k=3))
+
+A checkpoint is kept as long as any of the rules says so, and the newest two good ones always are: should the newest be
+damaged, there is one to go back to.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 
 from dtrain.checkpoint.log import Entry, Log
-from dtrain.config import Interval
+from dtrain.config import Best
+
+_LEAST = 2
 
 
-class SavePolicy:
-    """Says whether a checkpoint is due after a step.
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints are kept."""
 
-    :param every: the distance between two checkpoints.
-    :param epoch_after: the epoch that the data is in after so many steps; called only for an interval of epochs.
-    """
-
-    def __init__(self, every: Interval, epoch_after: Callable[[int], int]) -> None:
-        self._every = every
-        self._epoch_after = epoch_after
-        self._last_saved = time.monotonic()
-
-    def saved(self) -> None:
-        """A checkpoint has been made: the clock starts again."""
-        self._last_saved = time.monotonic()
-
-    def due_by_clock(self) -> bool:
-        """Clocks differ between ranks, so one of them asks its own and tells the others."""
-        return self._every.unit == "seconds" and time.monotonic() - self._last_saved >= self._every.amount
-
-    def due_after(self, step: int) -> bool:
-        """The same on all ranks, since it follows from the step alone."""
-        if self._every.unit == "steps":
-            return step % int(self._every.amount) == 0
-        if self._every.unit == "epochs":
-            length = int(self._every.amount)
-            return self._epoch_after(step) // length > self._epoch_after(step - 1) // length
-        return False
+    last: int = 3
+    """So many of the newest ones."""
+    every: int | None = None
+    """Those of every so many steps, for ever: 1000 keeps the first one at or after step 1000, 2000, ..."""
+    younger_s: float | None = None
+    """Those that were committed less than so many seconds ago."""
+    best: Best | None = None
+    """The best ones by a metric."""
 
 
-def to_retire(log: Log, keep_last: int) -> list[Entry]:
-    """The commits that are to be deleted: all but the newest `keep_last` good ones.
+def to_retire(log: Log, keep: Keep, now: float) -> list[Entry]:
+    """The commits that are to be deleted.
 
     One that was found bad is kept as long as the good ones of its age, for whoever wants to know what happened.
     """
     good = log.commits()
-    kept = good[-keep_last:]
-    if not kept:
+    if not good:
         return []
+    newest = good[-max(keep.last, _LEAST) :]
+    kept = {entry.number for entry in newest}
+    if keep.every is not None:
+        passed = 0
+        for entry in good:
+            if entry.step // keep.every > passed:
+                kept.add(entry.number)
+            passed = max(passed, entry.step // keep.every)
+    if keep.younger_s is not None:
+        kept |= {entry.number for entry in good if now - entry.time < keep.younger_s}
+    if keep.best is not None:
+        kept |= {entry.number for entry in best_of(good, keep.best)}
     bad = {entry.attempt for entry in log.bad()}
-    failed = [e for e in log.entries if e.kind == "commit" and e.attempt in bad and e.number < kept[0].number]
-    return good[:-keep_last] + failed
+    failed = [e for e in log.entries if e.kind == "commit" and e.attempt in bad and e.number < newest[0].number]
+    return [entry for entry in good if entry.number not in kept] + failed
+
+
+def best_of(commits: list[Entry], best: Best) -> list[Entry]:
+    """The best commits by a metric, the best one first. Of equals, the older is the better; a NaN is none."""
+    sign = 1.0 if best.mode == "min" else -1.0
+    measured = [e for e in commits if not math.isnan(e.metrics.get(best.metric, math.nan))]
+    return sorted(measured, key=lambda entry: (sign * entry.metrics[best.metric], entry.number))[: best.k]

@@ -1,45 +1,172 @@
-"""`Reader`: a DCP `StorageReader` that goes by the manifest and checks every byte before it is used.
+"""Loading a checkpoint by its manifest: a rank reads the parts that it needs, and checks every byte before it is used.
 
-An item is read in one `preadv`, where possible straight into the tensor that it is for; its digests are compared
-before DCP is told that the tensor is there. Nothing is unpickled.
+    load_tensors(storage, folder, manifest, {"model.weight": tensor, ...})
+
+Each rank works out for itself what it needs, for plain tensors and DTensors alike, however the checkpoint was cut.
+Nothing is unpickled. `Reader` does the same for `dcp.load` in anybody's loop:
+
+    dcp.load(state, storage_reader=Reader.open("runs/x"))
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import io
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint.planner_helpers as dcp_helpers
 from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from dtrain.checkpoint.format import BlockHasher, Chunk, Manifest, Piece, TensorItem, digest
-from dtrain.checkpoint.layout import bytes_of
-from dtrain.checkpoint.tree import dtype_named
-from dtrain.errors import Damaged
-from dtrain.storage.base import Storage
+from dtrain.checkpoint.blocks import Want, damaged_by, read_blocks
+from dtrain.checkpoint.format import Chunk, Manifest, Piece, TensorItem, digest
+from dtrain.checkpoint.plan import local_part
+from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
+from dtrain.errors import Damaged, StateError
+from dtrain.storage.base import Readable, Storage
+
+
+def load_tensors(
+    storage: Readable,
+    folder: str,
+    manifest: Manifest,
+    targets: Mapping[str, torch.Tensor],
+    *,
+    cast: Container[str] = (),
+    threads: int | None = None,
+) -> int:
+    """Read tensors of a checkpoint into memory. Each rank does so for itself, and for its own part of a DTensor.
+
+    :param folder: the checkpoint's, in the storage.
+    :param targets: the tensors to fill, by their names in the manifest.
+    :param cast: names of those whose type may differ from the saved one.
+    :param threads: how many read at once; as many as there are processors for, if not given.
+    :returns: how many bytes were read.
+    :raises Damaged: a byte isn't what was saved; the targets' contents are worth nothing then.
+    :raises StateError: a target has another shape or type than what was saved, or nothing was saved by its name.
+    """
+    boxes: dict[Any, _Box] = {}
+    wants = [
+        want
+        for name, target in targets.items()
+        for want in _wants(folder, name, manifest.tensors.get(name), target, name in cast, boxes)
+    ]
+    return read_blocks(storage, folder, wants, manifest.block_bytes, threads)
+
+
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a rank's part of a tensor begins, and its extent."""
+
+
+def _wants(
+    folder: str, name: str, item: TensorItem | None, target: torch.Tensor, cast: bool, boxes: dict[Any, _Box]
+) -> Iterator[Want]:
+    """What a target takes of each chunk.
+
+    :param boxes: of DTensors, by what they depend on, since to work one out costs more than all the rest.
+    """
+    if item is None:
+        raise StateError(f"{name}: not in the checkpoint {folder}; leave it out")
+    if list(target.shape) != item.shape:
+        raise StateError(f"{name}: saved with shape {tuple(item.shape)}, to be loaded into {tuple(target.shape)}")
+    dtype = dtype_named(item.dtype)
+    _check_type(name, dtype, target, cast)
+    part = local_part(target).detach()
+    if not isinstance(target, DTensor):
+        starts, sizes = (0,) * part.dim(), tuple(part.shape)
+        if len(item.chunks) == 1 and item.chunks[0].sizes == item.shape:
+            yield Want(name, item.chunks[0], dtype, starts, part)
+            return
+    else:
+        key = (target.device_mesh, target.placements, target.shape)
+        if key not in boxes:
+            (box,) = dcp_helpers._create_chunk_list(target)
+            boxes[key] = tuple(box.offsets), tuple(box.sizes)
+        starts, sizes = boxes[key]
+    left = math.prod(sizes)
+    if not left:
+        return
+    stops = tuple(start + size for start, size in zip(starts, sizes, strict=True))
+    for chunk in item.chunks:
+        if chunk.sizes and (chunk.offsets[0] >= stops[0] or chunk.offsets[0] + chunk.sizes[0] <= starts[0]):
+            continue
+        inside, within = [], part
+        for dim, (start, stop, at, size) in enumerate(zip(starts, stops, chunk.offsets, chunk.sizes, strict=True)):
+            low, high = max(start, at), min(stop, at + size)
+            if low >= high:
+                break
+            inside.append(low - at)
+            if high - low != within.shape[dim]:
+                within = within.narrow(dim, low - start, high - low)
+        else:
+            left -= within.numel()
+            yield Want(name, chunk, dtype, inside, within)
+    if left:
+        raise Damaged(f"{folder}: the chunks of {name} leave out {left} of the elements that are needed, or overlap")
+
+
+def _check_type(name: str, dtype: torch.dtype, target: torch.Tensor, cast: bool = False) -> None:
+    """:raises StateError: the target has another type."""
+    if dtype != target.dtype and not cast:
+        raise StateError(
+            f"{name}: saved as {dtype_name(dtype)}, to be loaded into {dtype_name(target.dtype)}; load it into a "
+            "tensor of the saved type, and convert that"
+        )
+
+
+def read_piece(
+    storage: Readable, folder: str, piece: Piece | Chunk, manifest: Manifest, payload: torch.Tensor | None = None
+) -> None:
+    """Read a whole piece, check it, and leave a chunk's tensor bytes in `payload`.
+
+    :raises Damaged: its digests don't match, or the file is too short or not there.
+    """
+    data = torch.empty(piece.length, dtype=torch.uint8) if payload is None else payload
+    if payload is None or not isinstance(piece, Chunk):
+        piece = Chunk(piece.file, piece.offset, piece.length, piece.digests, 0, [0], [piece.length])
+    want = Want(piece.file, piece, data.dtype, [0] * len(piece.sizes), data)
+    read_blocks(storage, folder, [want], manifest.block_bytes)
+
+
+def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tuple[bytes, Manifest]:
+    """The manifest and the bytes that it was read from, after a check of its digest and of all files' sizes.
+
+    :raises Damaged: something isn't as it was saved.
+    """
+    with damaged_by(folder):
+        data = storage.read(f"{folder}/{name}")
+        if digest(data) != expected:
+            raise Damaged(f"{folder}/{name} is not the one that was committed")
+        manifest = Manifest.from_json(data)
+        for file, size in manifest.files.items():
+            if (found := storage.size(f"{folder}/{file}")) != size:
+                raise Damaged(f"{folder}/{file} has {found} bytes, not {size}")
+    return data, manifest
 
 
 class Reader(StorageReader):
-    """Reads one checkpoint.
+    """Reads one checkpoint for `dcp.load`.
 
     :param storage: the run folder.
     :param folder: the checkpoint's folder in it.
     :param manifest: its manifest, the digest of which has been checked.
+    :ivar bytes_read: how many bytes this rank has read.
     """
 
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
+    def __init__(self, storage: Readable, folder: str, manifest: Manifest) -> None:
         self._storage = storage
         self._folder = folder
         self._manifest = manifest
@@ -48,6 +175,21 @@ class Reader(StorageReader):
             for name, item in manifest.tensors.items()
             for chunk in item.chunks
         }
+        nothing = torch.empty(0, device="meta")
+        leaves = flatten(decode(manifest.tree, lambda _: nothing))
+        self._values = {name: leaf for name, (_, leaf) in leaves.items() if name not in manifest.tensors}
+        self.bytes_read = 0
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], step: int | None = None) -> Reader:
+        """The newest good checkpoint of a run folder, or that of a step; or a checkpoint's own folder.
+
+        :raises: see `loading.find`.
+        """
+        from dtrain.checkpoint.loading import find  # which needs this module
+
+        found = find(source, step)
+        return cls(found.storage, found.folder, found.manifest)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -61,7 +203,7 @@ class Reader(StorageReader):
             )
             for name, item in self._manifest.tensors.items()
         }
-        return Metadata(state_dict_metadata=dict(tensors))
+        return Metadata(state_dict_metadata=tensors | {name: BytesStorageMetadata() for name in self._values})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -73,11 +215,24 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """:raises Damaged: a digest doesn't match, or a file is too short or not there."""
+        """:raises Damaged: a byte isn't what was saved. :raises StateError: a tensor has another type."""
+        wants, loaded = [], []
         for request in plan.items:
+            name = request.storage_index.fqn
+            if request.type == LoadItemType.BYTE_IO:
+                # DCP wants a pickle: it gets one that was made here and now of the manifest's value.
+                stream = io.BytesIO()
+                torch.save(self._values[name], stream)
+                stream.seek(0)
+                planner.load_bytes(request, stream)
+                continue
             item, chunk = self._chunk(request.storage_index)
             target = planner.resolve_tensor(request).detach()
-            self._fill(target, item, chunk, request)
+            _check_type(name, dtype_named(item.dtype), target)
+            wants.append(Want(name, chunk, target.dtype, request.storage_offsets, target))
+            loaded.append((request, target))
+        self.bytes_read += read_blocks(self._storage, self._folder, wants, self._manifest.block_bytes)
+        for request, target in loaded:
             planner.commit_tensor(request, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -89,71 +244,3 @@ class Reader(StorageReader):
 
     def _chunk(self, index: MetadataIndex) -> tuple[TensorItem, Chunk]:
         return self._chunks[index.fqn, tuple(index.offset or ())]
-
-    def _fill(self, target: torch.Tensor, item: TensorItem, chunk: Chunk, request: ReadItem) -> None:
-        dtype = dtype_named(item.dtype)
-        whole = list(request.lengths) == chunk.sizes
-        if whole and target.is_cpu and target.is_contiguous() and target.dtype == dtype:
-            read_piece(self._storage, self._folder, chunk, self._manifest, target)
-            return
-        box = torch.empty(chunk.sizes, dtype=dtype)
-        read_piece(self._storage, self._folder, chunk, self._manifest, box)
-        for dim, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-            box = box.narrow(dim, start, length)
-        target.copy_(box)
-
-
-def read_piece(
-    storage: Storage, folder: str, piece: Piece | Chunk, manifest: Manifest, payload: torch.Tensor | None = None
-) -> None:
-    """Read a piece, check it against its digests, and leave a chunk's tensor bytes in `payload`.
-
-    :raises Damaged: they don't match, or the file is too short or not there.
-    """
-    if payload is None or not isinstance(piece, Chunk):
-        buffers = [memoryview(bytearray(piece.length))]
-    else:
-        body = bytes_of(payload)
-        tail = piece.length - piece.payload - body.nbytes
-        if tail < 0:
-            raise Damaged(f"{folder}/{piece.file}: an item of {piece.length} bytes is too short for its tensor")
-        buffers = [memoryview(bytearray(piece.payload)), body, memoryview(bytearray(tail))]
-    with _damaged(f"{folder}/{piece.file}"):
-        storage.read_into(f"{folder}/{piece.file}", piece.offset, buffers)
-    hasher = BlockHasher(manifest.block_bytes)
-    for buffer in buffers:
-        hasher.update(buffer)
-    if hasher.digests() != piece.digests:
-        raise Damaged(
-            f"{folder}/{piece.file}: bytes {piece.offset} to {piece.offset + piece.length} are not those "
-            "that were saved"
-        )
-
-
-def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tuple[bytes, Manifest]:
-    """The manifest and the bytes that it was read from, after a check of its digest and of all files' sizes.
-
-    :raises Damaged: something isn't as it was saved.
-    """
-    with _damaged(folder):
-        data = storage.read(f"{folder}/{name}")
-        if digest(data) != expected:
-            raise Damaged(f"{folder}/{name} is not the one that was committed")
-        manifest = Manifest.from_json(data)
-        for file, size in manifest.files.items():
-            if (found := storage.size(f"{folder}/{file}")) != size:
-                raise Damaged(f"{folder}/{file} has {found} bytes, not {size}")
-    return data, manifest
-
-
-@contextlib.contextmanager
-def _damaged(place: str) -> Iterator[None]:
-    """What can't be read because of what is in the place, not because of the way to it, counts as damaged."""
-    try:
-        yield
-    except (EOFError, ValueError) as error:
-        raise Damaged(f"{place}: {error}") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO):
-            raise
-        raise Damaged(f"{place}: {error}") from error

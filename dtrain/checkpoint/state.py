@@ -7,8 +7,9 @@ numbers, so that it means the same under any layout; everything else goes throug
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from dtrain.errors import StateError, UsageError
 
 RUN = "dtrain"
 """The name under which the run's own position is kept."""
+
+Kind = Literal["missing", "unexpected", "reshaped", "retyped", "other"]
 
 _MOST_NAMED = 20
 """More differences than this are counted instead of listed."""
@@ -54,7 +57,7 @@ class State:
 
         :param position: the run's own part: step, cursor and the like.
         """
-        return {RUN: dict(position)} | {name: self._state_of(name) for name in self.objects}
+        return {RUN: dict(position)} | {name: self.state_of(name) for name in self.objects}
 
     def targets(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """A tensor to load into for every tensor of a checkpoint, by its dotted name.
@@ -62,10 +65,14 @@ class State:
         :raises StateError: the tracked objects aren't those that were saved; it lists each difference.
         """
         self._compare(manifest)
+        return self.targets_for(manifest.tensors)
+
+    def targets_for(self, items: Mapping[str, TensorItem]) -> dict[str, torch.Tensor]:
+        """A tensor to load into for each of these: a module's own, and new ones for the rest."""
         live: dict[str, torch.Tensor] = {
             f"{name}.{key}": leaf
             for name, module in self.modules().items()
-            for key, (_, leaf) in flatten(module.state_dict()).items()
+            for key, (_, leaf) in flatten(module.state_dict(keep_vars=True)).items()
         }
         parameters = {
             f"{name}.state.{parameter_name}": parameter
@@ -83,28 +90,33 @@ class State:
                 return torch.empty_like(parameter, dtype=dtype_named(item.dtype), requires_grad=False)
             return torch.empty(item.shape, dtype=dtype_named(item.dtype))
 
-        return {name: target(name, item) for name, item in manifest.tensors.items()}
+        return {name: target(name, item) for name, item in items.items()}
 
     def apply(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Put a checkpoint's state into the objects, once its tensors are loaded; returns the run's own part."""
         tree: dict[str, Any] = decode(manifest.tree, tensors.__getitem__)
-        for name, value in sorted(self.objects.items(), key=lambda pair: _order(pair[1])):
-            if isinstance(value, torch.Generator):
-                value.set_state(tree[name]["state"])
-            elif isinstance(value, Optimizer):
-                self._load_optimizer(name, value, tree[name])
-            elif isinstance(value, nn.Module):
-                # A state dict tells the modules' versions in an attribute; without it they would take what was
-                # saved for the oldest form of it, and convert it.
-                saved = OrderedDict(tree[name])
-                saved._metadata = getattr(value.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
-                value.load_state_dict(saved)
-            else:
-                value.load_state_dict(tree[name])
+        self.load({name: tree[name] for name in self.objects})
         position: dict[str, Any] = tree[RUN]
         return position
 
-    def _state_of(self, name: str) -> Any:
+    def load(self, states: Mapping[str, Any]) -> None:
+        """Give objects their state: modules first, then optimizers, then what may refer to them."""
+        for name, state in sorted(states.items(), key=lambda pair: _order(self.objects[pair[0]])):
+            value = self.objects[name]
+            if isinstance(value, torch.Generator):
+                value.set_state(state["state"])
+            elif isinstance(value, Optimizer):
+                self._load_optimizer(name, value, state)
+            elif isinstance(value, nn.Module):
+                # A state dict tells the modules' versions in an attribute; without it they would take what was
+                # saved for the oldest form of it, and convert it. Tensors that are the module's own cost no copy.
+                saved = OrderedDict(state)
+                saved._metadata = getattr(value.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+                value.load_state_dict(saved)
+            else:
+                value.load_state_dict(state)
+
+    def state_of(self, name: str) -> Any:
         value = self.objects[name]
         if isinstance(value, torch.Generator):
             return {"state": value.get_state()}
@@ -166,44 +178,76 @@ class State:
                 found[parameter] = names[parameter]
         return found
 
-    def _compare(self, manifest: Manifest) -> None:
+    def differences(self, manifest: Manifest) -> list[Difference]:
+        """In what the tracked objects aren't those that were saved."""
         saved_names, names = set(manifest.tree) - {RUN}, set(self.objects)
-        lines = [f"{name}: tracked now, but not in the checkpoint" for name in sorted(names - saved_names)]
-        lines += [f"{name}: in the checkpoint, but not tracked now" for name in sorted(saved_names - names)]
+        found = [Difference(name, "missing", "tracked now, but not in the checkpoint") for name in names - saved_names]
+        found += [
+            Difference(name, "unexpected", "in the checkpoint, but not tracked now") for name in saved_names - names
+        ]
+        found.sort()
+        differing: set[str] = set()
         for name, module in self.modules().items():
             if name in saved_names:
-                saved = {
-                    key.removeprefix(f"{name}."): (tuple(item.shape), item.dtype)
-                    for key, item in manifest.tensors.items()
-                    if key.startswith(f"{name}.")
-                }
-                live = {
-                    key: (tuple(leaf.shape), dtype_name(leaf.dtype))
-                    for key, (_, leaf) in flatten(module.state_dict()).items()
-                    if isinstance(leaf, torch.Tensor)
-                }
-                lines += [f"{name}.{line}" for line in _differences(saved, live)]
-        # An optimizer that differs because its model does would only repeat the model's list.
-        for name, value in self.objects.items() if not lines else ():
-            if isinstance(value, Optimizer):
-                if not isinstance(manifest.tree[name], dict) or "param_groups" not in manifest.tree[name]:
-                    lines.append(f"{name}: an optimizer now, but something else was saved")
+                more = list(_module_differences(name, module, manifest))
+                differing |= {difference.name for difference in more}
+                found += more
+        for name, value in self.objects.items():
+            if isinstance(value, Optimizer) and name in saved_names:
+                found += self._optimizer_differences(name, value, manifest.tree[name], differing)
+        return found
+
+    def _optimizer_differences(
+        self, name: str, optimizer: Optimizer, saved: Any, differing: Container[str]
+    ) -> Iterator[Difference]:
+        """:param differing: tensors of which it is known already; their state would only repeat it."""
+        if not isinstance(saved, dict) or "param_groups" not in saved:
+            yield Difference(name, "other", "an optimizer now, but something else was saved")
+            return
+        before_groups = [set(group["params"]) for group in saved["param_groups"]]
+        now_groups = [set(group["params"]) for group in self.state_of(name)["param_groups"]]
+        if len(before_groups) != len(now_groups):
+            counts = f"saved with {len(before_groups)} parameter groups, now {len(now_groups)}"
+            yield Difference(f"{name}.param_groups", "other", counts, of=name)
+            return
+        modules = list(self.modules())
+        prefix = f"{modules[0]}." if len(modules) == 1 else ""
+        for number, (before, now) in enumerate(zip(before_groups, now_groups, strict=True)):
+            for key in sorted(before ^ now):
+                if prefix + key in differing:
                     continue
-                saved_groups = [set(group["params"]) for group in manifest.tree[name]["param_groups"]]
-                groups = [set(group["params"]) for group in self._state_of(name)["param_groups"]]
-                if len(saved_groups) != len(groups):
-                    lines.append(f"{name}: saved with {len(saved_groups)} parameter groups, now {len(groups)}")
-                    continue
-                for number, (before, now) in enumerate(zip(saved_groups, groups, strict=True)):
-                    lines += [f"{name}: {key} left group {number}" for key in sorted(before - now)]
-                    lines += [f"{name}: {key} is new in group {number}" for key in sorted(now - before)]
-        if lines:
-            more = [f"... and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else []
+                kind: Kind = "unexpected" if key in before else "missing"
+                text = f"{key} left group {number}" if key in before else f"{key} is new in group {number}"
+                yield Difference(f"{name}.state.{key}", kind, text, of=name)
+
+    def _compare(self, manifest: Manifest) -> None:
+        if found := self.differences(manifest):
             raise StateError(
-                f"what is tracked is not what was saved at step {manifest.step}:\n  "
-                + "\n  ".join(lines[:_MOST_NAMED] + more)
-                + "\nGo back to the model that was saved, or start in another run folder."
+                f"what is tracked is not what was saved at step {manifest.step}:\n  {listed(found)}\n"
+                "Go back to the model that was saved, or start in another run folder."
             )
+
+
+@dataclass(frozen=True, order=True)
+class Difference:
+    """Between what is tracked and what was saved."""
+
+    name: str
+    """Dotted, of a tensor, an object, or a parameter's optimizer state."""
+    kind: Kind
+    text: str
+    of: str = ""
+    """What it is said of, where that isn't the name."""
+
+    def __str__(self) -> str:
+        return f"{self.of or self.name}: {self.text}"
+
+
+def listed(things: Iterable[object]) -> str:
+    """As lines, so many of them as somebody would read; the rest is counted."""
+    lines = [str(thing) for thing in things]
+    more = [f"... and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else []
+    return "\n  ".join(lines[:_MOST_NAMED] + more)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -222,16 +266,22 @@ def _order(value: object) -> int:
     return 0 if isinstance(value, nn.Module) else 1 if isinstance(value, Optimizer) else 2
 
 
-def _differences(
-    saved: Mapping[str, tuple[tuple[int, ...], str]], live: Mapping[str, tuple[tuple[int, ...], str]]
-) -> Iterable[str]:
+def _module_differences(name: str, module: nn.Module, manifest: Manifest) -> Iterator[Difference]:
+    saved = {
+        key: (tuple(item.shape), item.dtype) for key, item in manifest.tensors.items() if key.startswith(f"{name}.")
+    }
+    live = {
+        f"{name}.{key}": (tuple(leaf.shape), dtype_name(leaf.dtype))
+        for key, (_, leaf) in flatten(module.state_dict()).items()
+        if isinstance(leaf, torch.Tensor)
+    }
     for key in sorted(saved.keys() | live.keys()):
         before, now = saved.get(key), live.get(key)
         if before is None:
-            yield f"{key}: not in the checkpoint"
+            yield Difference(key, "missing", "not in the checkpoint")
         elif now is None:
-            yield f"{key}: in the checkpoint only"
+            yield Difference(key, "unexpected", "in the checkpoint only")
         elif before[0] != now[0]:
-            yield f"{key}: saved with shape {before[0]}, now {now[0]}"
+            yield Difference(key, "reshaped", f"saved with shape {before[0]}, now {now[0]}")
         elif before[1] != now[1]:
-            yield f"{key}: saved as {before[1]}, now {now[1]}"
+            yield Difference(key, "retyped", f"saved as {before[1]}, now {now[1]}")

@@ -10,6 +10,7 @@ part (see `catalog`).
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Iterable
@@ -111,14 +112,14 @@ class Writer(StorageWriter):
         }
         parts: list[Part] = [result.storage_data for rank in results for result in rank]
         self.size = sum(part.size for part in parts)
-        self.manifest = write_indexes(
+        self.manifest = Indexes().write(
             self._storage,
             self._folder,
             parts,
             step=self._step,
             world_size=len(results),
             tree=json_text(self._tree),
-            tensors=tensors_to_json(shapes),
+            tensors=[tensors_to_json(shapes)],
         )
 
     @classmethod
@@ -163,20 +164,57 @@ def with_values(part: Part, copies: dict[str, bytes], sink: Sink) -> Part:
     return Part(file=part.file, size=size, items=text, digests=b"".join(digests))
 
 
-def write_indexes(
-    storage: Storage, folder: str, parts: list[Part], *, step: int, world_size: int, tree: str, tensors: str
-) -> str:
-    """Write `.metadata` and the manifest of an attempt whose shard files are durable. :returns: manifest's digest."""
-    bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=tensors, index=b"")
-    manifest = Manifest.from_json(bare)
-    manifest.check_whole()
-    index = dcp_index(manifest)
-    data = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=tensors, index=index)
-    for name, content in ((METADATA, index), (MANIFEST, data)):
-        with storage.open_new(f"{folder}/{name}") as sink:
-            sink.write(content)
-    storage.seal(folder)
-    return digest(data)
+class Indexes:
+    """Writes the two indexes of an attempt. What stays the same from save to save is made once."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._tensors = ""
+        self._index = b""
+
+    def write(
+        self,
+        storage: Storage,
+        folder: str,
+        parts: list[Part],
+        *,
+        step: int,
+        world_size: int,
+        tree: str,
+        tensors: Iterable[str],
+        key: object = None,
+    ) -> str:
+        """Write `.metadata` and the manifest of an attempt whose shard files are durable.
+
+        :param tree: JSON text of the state.
+        :param tensors: JSON texts of the types and shapes of the tensors, which may say the same several times.
+        :param key: equal to the last one where only the tensors' bytes and `tree` have changed.
+        :returns: the manifest's digest.
+        :raises StateError: the parts don't make up the whole of every tensor.
+        """
+        if key is None or key != self._key:
+            self._tensors = self.merged(tensors)
+            bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=b"")
+            manifest = Manifest.from_json(bare)
+            manifest.check_whole()
+            self._index = dcp_index(manifest)
+            self._key = key
+        data = Manifest.join(
+            parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=self._index
+        )
+        for name, content in ((METADATA, self._index), (MANIFEST, data)):
+            with storage.open_new(f"{folder}/{name}") as sink:
+                sink.write(content)
+        storage.seal(folder)
+        return digest(data)
+
+    @staticmethod
+    def merged(tensors: Iterable[str]) -> str:
+        """One JSON text of types and shapes, of several."""
+        merged: dict[str, Any] = {}
+        for text in tensors:
+            merged |= json.loads(text)
+        return json_text(merged)
 
 
 def dcp_index(manifest: Manifest) -> bytes:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.checkpoint.log import Log
-from dtrain.checkpoint.manager import CHECKPOINTS
 from dtrain.checkpoint.reader import read_manifest, read_piece
 from dtrain.checkpoint.tree import dtype_name, dtype_named
 from dtrain.errors import NoGoodCheckpoint

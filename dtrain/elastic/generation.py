@@ -37,6 +37,8 @@ class Placement:
     """Address of the store that torchrun's agents share; None for a process that is alone."""
     restarts: int = 0
     """How often torchrun has started this group of processes again."""
+    local_world_size: int = 1
+    """How many ranks there are on this machine."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:
@@ -56,6 +58,7 @@ class Placement:
             local_rank=int(env["LOCAL_RANK"]),
             store=(env["MASTER_ADDR"], int(env["MASTER_PORT"])),
             restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
         )
 
 
@@ -169,6 +172,10 @@ class Group:
     def trainers_store(self, generation: int) -> dist.Store:
         """A connection for a trainer, below the prefix of its generation."""
         return dist.PrefixStore(f"{self._prefix}/{generation}/trainers", self._connect())
+
+    def savers_store(self) -> dist.Store:
+        """A connection for a saver: savers outlive generations."""
+        return dist.PrefixStore(f"{self._prefix}/savers", self._connect())
 
     def remember_stop(self, run: str, outcome: Outcome) -> None:
         """Leave word for the processes that torchrun will start in this one's place."""

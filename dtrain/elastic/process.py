@@ -22,6 +22,7 @@ import torch
 from dtrain.errors import ConfigError
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _THREADS_AT_IMPORT = len(os.listdir("/proc/self/task"))
 """Those of the BLAS libraries, which prepare themselves for a fork."""
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,8 +55,10 @@ class Child:
         return self._code
 
 
-def fork(work: Callable[[], int]) -> Child:
+def fork(work: Callable[[], int], name: str = "") -> Child:
     """Run `work` in a fork of this process, which ends with the exit code that it returns.
+
+    :param name: what the process is called by `top` and `ps -o comm`, at most 15 letters.
 
     The child is killed when its parent dies, and doesn't react to Ctrl-C: the parent decides what that means.
     """
@@ -74,6 +77,8 @@ def fork(work: Callable[[], int]) -> Child:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         die_with(parent)
+        if name:
+            _libc.prctl(_PR_SET_NAME, name.encode())
         # What the parent's modules registered is the parent's to run; what the child registers runs at its end.
         atexit._clear()
         code = work()

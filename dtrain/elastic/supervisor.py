@@ -1,7 +1,8 @@
 """The supervisor: keeps one trainer alive.
 
     supervisor ─┬─ trainer   the user's main
-                └─ watcher   blocks on the store until some rank's supervisor has settled the generation
+                ├─ watcher   blocks on the store until some rank's supervisor has settled the generation
+                └─ saver     writes snapshots to storage; lives as long as the supervisor
 
 It starts no thread, uses no GPU and takes part in no collective, so it can fork at any time. When its trainer dies it
 settles the generation for all ranks; when another rank's did, the watcher ends. Either way it kills its own trainer
@@ -10,33 +11,58 @@ and forks the next. A supervisor or an agent that dies is torchrun's to replace.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
+from dtrain.checkpoint.channel import Client, Remote, send, serve
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.snapshot import Slots
 from dtrain.config import Config
 from dtrain.elastic.generation import Group, Outcome, Placement
 from dtrain.elastic.process import Child, Page, check_can_fork, die_with, fork
-from dtrain.errors import DtrainError
+from dtrain.errors import DtrainError, SaveError
 from dtrain.observe.events import Events, say
 
 _VICTIM_WAIT_S = 0.25
 """A failed collective is most often another rank's death: that rank gets so long to say so itself."""
+_LAST_SAVE_WAIT_S = 2.0
+"""When a run ends for good, the newest snapshot is saved, if all ranks' savers come to it within so long. Not all do
+where torchrun ends the processes because one of them has died, and it waits for the others to be gone."""
+_SAVERS_NICENESS = 10
+"""The training goes first."""
+_MOST_DEATHS = 5
+"""Of savers, within a minute."""
 _TRACE_BYTES = 30_000
 """Less than the capacity of a pipe, so that a trainer is never held up while it says why it failed."""
 
-Work = Callable[[Group, int, Page], None]
-"""What a trainer does, given its group, the generation's number, and the page it shares with its supervisor."""
+
+@dataclass(frozen=True)
+class Life:
+    """What a trainer is given."""
+
+    group: Group
+    generation: int
+    page: Page
+    slots: Slots
+    client: Client
+    """Its saver."""
+
+
+Work = Callable[[Life], None]
 
 
 class Supervisor:
@@ -51,6 +77,12 @@ class Supervisor:
         self._work = work
         self._events = Events(config.dir)
         self._page = Page.shared()
+        self._slots = Slots()
+        self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._saver: Child | None = None
+        self._savers_deaths: list[float] = []
+        self._committed = 0
+        """The last commit before this generation."""
         self._best = 0
         self._stalled = 0
         self._trainer: Child | None = None
@@ -71,13 +103,18 @@ class Supervisor:
         if stopped is not None:
             self._give_up(stopped, again=True)
         signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, self._on_terminate)
         group = Group(self._placement, self._config.timeout_s)
         generation = 0
+        self._saver = self._fork_saver(group)
         while True:
             outcome = self._live_through(group, generation)
             if outcome.kind == "done":
+                self._end_saver()
                 break
             if outcome.kind == "stopped":
+                send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
+                self._end_saver()
                 group.remember_stop(run, outcome)
                 self._give_up(outcome)
             self._best, self._stalled = outcome.best, outcome.stalled
@@ -88,8 +125,11 @@ class Supervisor:
     def _live_through(self, group: Group, generation: int) -> Outcome:
         """Fork a trainer, and have it behind us when the generation is settled."""
         self._page.best, self._page.step, self._page.restored = self._best, 0, 0
+        self._committed = self._slots.board.committed
         said, saying = os.pipe()
-        trainer = fork(lambda: self._train(group, generation, saying))
+        client = Remote(self._trainers_end, self._slots.board, generation)
+        life = Life(group, generation, self._page, self._slots, client)
+        trainer = fork(lambda: self._train(life, saying), "dtrain-trainer")
         self._trainer = trainer
         os.close(saying)
         try:
@@ -101,11 +141,13 @@ class Supervisor:
             if self._watcher is not None:
                 self._watcher.kill()
                 self._watcher = None
+            # Whatever this trainer has asked for lies before this in the saver's queue, and nothing of it behind.
+            send(self._trainers_end, do="over", generation=generation, rank=self._placement.rank)
 
-    def _train(self, group: Group, generation: int, saying: int) -> int:
+    def _train(self, life: Life, saying: int) -> int:
         """The trainer's whole life. Why it failed goes through the pipe, while its peers still see it alive."""
         try:
-            self._work(group, generation, self._page)
+            self._work(life)
         except SystemExit as error:
             if error.code in (None, 0):
                 return 0
@@ -113,8 +155,9 @@ class Supervisor:
         except BaseException as error:
             failure = {
                 "cause": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                "trace": str(error) if isinstance(error, DtrainError) else traceback.format_exc(),
+                "trace": str(error) if isinstance(error, DtrainError | SaveError) else traceback.format_exc(),
                 "final": isinstance(error, DtrainError),
+                "unsaved": isinstance(error, SaveError),
                 "victim": _is_victim(error),
             }
         else:
@@ -136,10 +179,15 @@ class Supervisor:
         patience: float | None = None
         while True:
             if self._watcher is None and self._placement.world_size > 1:
-                self._watcher = fork(lambda: group.watch(generation))
+                self._watcher = fork(lambda: group.watch(generation), "dtrain-watcher")
                 poll.register(self._watcher.pidfd, select.POLLIN)
+            assert self._saver is not None
+            poll.register(self._saver.pidfd, select.POLLIN)
             ready = {descriptor for descriptor, _ in poll.poll(patience)}
-            if self._watcher is not None and self._watcher.pidfd in ready:
+            poll.unregister(self._saver.pidfd)
+            if self._saver.pidfd in ready:
+                self._replace_saver(group)
+            elif self._watcher is not None and self._watcher.pidfd in ready:
                 poll.unregister(self._watcher.pidfd)
                 code = self._watcher.wait()
                 if code == 0:
@@ -164,11 +212,45 @@ class Supervisor:
             elif failure:  # nobody else has owned up, or the trainer has ended meanwhile
                 return self._fail(group, generation, failure)
 
+    def _fork_saver(self, group: Group) -> Child:
+        place = self._placement
+
+        def work() -> int:
+            os.nice(_SAVERS_NICENESS)
+            saver = Saver.of(self._config, group.savers_store, place.rank, place.world_size, self._slots)
+            serve(self._savers_end, saver, self._slots.board)
+            return 0
+
+        return fork(work, "dtrain-saver")
+
+    def _replace_saver(self, group: Group) -> None:
+        """Put another one in the place of a saver that has died.
+
+        :raises RuntimeError: they die one after the other.
+        """
+        assert self._saver is not None
+        cause = _describe(self._saver.wait())
+        self._savers_deaths = [*self._savers_deaths[-_MOST_DEATHS:], time.monotonic()]
+        if len(self._savers_deaths) > _MOST_DEATHS and self._savers_deaths[-1] - self._savers_deaths[0] < 60:
+            raise RuntimeError(f"the saver of rank {self._placement.rank} dies again and again ({cause})")
+        self._events.warn(f"the saver of rank {self._placement.rank} was {cause}; it is replaced")
+        self._saver = self._fork_saver(group)
+
+    def _end_saver(self) -> None:
+        """Let the saver finish what it is at, and end."""
+        assert self._saver is not None
+        send(self._trainers_end, do="end")
+        select.select([self._saver.pidfd], [], [], self._config.timeout_s)
+        self._saver.kill()
+
     def _fail(self, group: Group, generation: int, failure: dict[str, Any]) -> Outcome:
         """Settle a generation whose trainer failed here, unless another rank was first."""
         page = self._page
         known = max(self._best, page.restored)
-        stalled = 0 if page.step > known else self._stalled + 1
+        # A checkpoint that can't be written doesn't keep the training from new steps, but is no less of a failure.
+        committed = self._slots.board.committed
+        progress = committed > self._committed if failure.get("unsaved") else page.step > known
+        stalled = 0 if progress else self._stalled + 1
         final = failure.get("final") or stalled >= self._config.max_stalled
         mine = Outcome(
             kind="stopped" if final else "failed",
@@ -200,13 +282,25 @@ class Supervisor:
         first = outcome.rank == self._placement.rank
         why = f"rank {outcome.rank} failed: {outcome.cause}"
         if outcome.stalled >= self._config.max_stalled:
-            why = f"no new step in {outcome.stalled} generations; the last time {why}"
+            why = f"no progress in {outcome.stalled} generations; the last time {why}"
         if first:
             say(f"stopped{' before' if again else ''}: {why}")
             if outcome.trace and outcome.trace not in why and not again:
                 say(outcome.trace)
         _tell_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
         sys.exit(1)
+
+    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
+        """The machine is wanted back, or torchrun ends all processes since one has died: in time for a last save."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for child in (self._trainer, self._watcher):
+            if child is not None:
+                with contextlib.suppress(OSError):  # its end was being waited for at this moment
+                    child.kill()
+        if self._saver is not None:
+            send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
+            self._end_saver()
+        os._exit(128 + signal.SIGTERM)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self._page.stop:

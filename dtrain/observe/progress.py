@@ -54,9 +54,8 @@ class Progress:
             say(f"step {step}/{self._total}, {text}")
 
     def committed(self, step: int) -> None:
-        self._committed = step
-        if not self._bar.disable and self._loss:
-            self._bar.set_postfix_str(self._text())
+        """The newest commit is that of this step; 0 if there was none in this start of the run."""
+        self._committed = max(self._committed, step)
 
     def close(self) -> None:
         self._bar.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -19,7 +19,25 @@ class Sink(Protocol):
         """Append all of `data`."""
 
 
-class Storage(Protocol):
+class Readable(Protocol):
+    """Where parts of files can be read."""
+
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, one after the other, from `offset` on. Several threads may do so at once.
+
+        :raises EOFError: the file ends before.
+        """
+
+
+@runtime_checkable
+class KeepsOpen(Protocol):
+    """Where opening a file costs something."""
+
+    def keep_open(self) -> AbstractContextManager[None]:
+        """In the block, a file that is read from stays open, so that many reads of it cost one opening."""
+
+
+class Storage(Readable, Protocol):
     """One run folder."""
 
     root: str
@@ -36,12 +54,6 @@ class Storage(Protocol):
 
     def read(self, path: str) -> bytes:
         """All bytes of a file. :raises FileNotFoundError:"""
-
-    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers`, one after the other, from `offset` on.
-
-        :raises EOFError: the file ends before.
-        """
 
     def size(self, path: str) -> int:
         """In bytes. :raises FileNotFoundError:"""

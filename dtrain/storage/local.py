@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,9 @@ class LocalStorage:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._open: dict[str, int] = {}
 
     def prepare(self) -> None:
         """Create the folder and find out now, not at the first save, whether it can be used.
@@ -89,8 +93,8 @@ class LocalStorage:
 
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-        descriptor = os.open(self._path(path), os.O_RDONLY)
-        try:
+        with self.keep_open():
+            descriptor = self._descriptor(path)
             while left:
                 got = os.preadv(descriptor, left[:_MOST_BUFFERS], offset)
                 if got == 0:
@@ -100,8 +104,24 @@ class LocalStorage:
                     got -= left.pop(0).nbytes
                 if got:
                     left[0] = left[0][got:]
+
+    @contextlib.contextmanager
+    def keep_open(self) -> Iterator[None]:
+        with self._lock:
+            self._readers += 1
+        try:
+            yield
         finally:
-            os.close(descriptor)
+            with self._lock:
+                self._readers -= 1
+                while not self._readers and self._open:
+                    os.close(self._open.popitem()[1])
+
+    def _descriptor(self, path: str) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(self._path(path), os.O_RDONLY)
+            return self._open[path]
 
     def size(self, path: str) -> int:
         return self._path(path).stat().st_size

@@ -28,7 +28,8 @@ class Totals:
     count: int
     loss: float
     stop: bool
-    save: bool
+    action: int
+    """What rank 0 wants done after the step: see `schedule`."""
 
 
 class Exchange:
@@ -43,12 +44,15 @@ class Exchange:
         self._waiting = False
         self._work: dist.Work | None = None
 
-    def send(self, count: int, loss: float, *, stop: bool, save: bool) -> None:
-        """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this."""
+    def send(self, count: int, loss: float, *, stop: bool, action: int) -> None:
+        """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
+
+        :param action: on rank 0, what to do after the step; 0 on the others.
+        """
         digits = [float(count >> (_BITS * place) & ((1 << _BITS) - 1)) for place in range(_DIGITS)]
         coarse = float(torch.tensor(loss, dtype=torch.float32))
         fine = loss - coarse if math.isfinite(coarse) else 0.0
-        self._numbers = torch.tensor([*digits, coarse, fine, stop, save], dtype=torch.float32)
+        self._numbers = torch.tensor([*digits, coarse, fine, stop, action], dtype=torch.float32)
         self._waiting = True
 
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -85,6 +89,6 @@ class Exchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        *digits, coarse, fine, stop, save = self._numbers.tolist()
+        *digits, coarse, fine, stop, action = self._numbers.tolist()
         count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
-        return Totals(count, coarse + fine, stop > 0, save > 0)
+        return Totals(count, coarse + fine, stop > 0, int(action))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from dtrain.checkpoint.manager import Manager, from_rank_0
-from dtrain.checkpoint.policy import SavePolicy
+from dtrain.checkpoint.schedule import Action, Schedule
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State, bare
 from dtrain.config import SAME_BITS, Config, Interval
-from dtrain.elastic.process import Page
+from dtrain.elastic.supervisor import Life
 from dtrain.errors import ConfigError, DataError, UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
@@ -43,20 +45,26 @@ class Run:
     :ivar device: where the model and the batches go.
     """
 
-    def __init__(self, config: Config, local_rank: int, device: torch.device, generation: int, page: Page) -> None:
+    def __init__(self, config: Config, device: torch.device, life: Life) -> None:
         self.config = config
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self.local_rank = local_rank
+        self.local_rank = life.group.placement.local_rank
         self.device = device
-        self._page = page
-        self._generation = generation
+        self._page = life.page
+        self._generation = life.generation
         self._state = State()
         self._data: dict[str, Data] = {}
         self._wrapped: list[DistributedDataParallel] = []
         self._models: list[nn.Module] = []
         self._exchange = Exchange()
-        self._policy = SavePolicy(Interval.parse(config.save_every), self._epoch_after)
+        self._schedule = Schedule(
+            Interval.parse(config.save_every),
+            Interval.parse(config.snapshot_every, "snapshot_every"),
+            self._epoch_after,
+            mtbf_s=config.mtbf_hours * 3600,
+            early=config.early_save,
+        )
         self._stop = False
         self._started = False
         self._done = 0
@@ -68,7 +76,16 @@ class Run:
         self._storage = LocalStorage(config.dir)
         from_rank_0(self._open_folder)
         self._events = Events(config.dir)
-        self._manager = Manager(self._storage, config.keep_last, self._events)
+        snapshots = Snapshots(
+            life.slots,
+            rank=self.rank,
+            world_size=self.world_size,
+            local_world_size=life.group.placement.local_world_size,
+            generation=life.generation,
+            spill=config.dir,
+            say=self._events.warn if self.local_rank == 0 else lambda _: None,
+        )
+        self._manager = Manager(self._storage, life.client, life.slots, snapshots, self._events)
         set_generators(config.seed, "start")
 
     @property
@@ -147,8 +164,10 @@ class Run:
                 exchange=self._exchange,
                 scaler=scaler,
                 ask=self._ask,
+                before_update=self._manager.complete,
             )
             self._step = step
+            started = time.monotonic()
             try:
                 yield step
             except GeneratorExit:  # the loop was left; its last step counts if the weights are those after it
@@ -159,17 +178,24 @@ class Run:
             self._same_buffers()
             if step.totals.stop:
                 break
-            if step.totals.save or self._policy.due_after(number):
-                self.save()
+            self._schedule.stepped(time.monotonic() - started, saving=self._manager.busy)
+            match Action(step.totals.action):
+                case Action.SAVE:
+                    self._save()
+                case Action.SNAPSHOT:
+                    self._snapshot()
         self.close()
         if self.is_first:
             say(f"{'finished' if self._done >= total else 'stopped'}: step {self._done} of {total}, saved")
 
-    def save(self) -> None:
+    def save(self, *, metrics: dict[str, float] | None = None, wait: bool = True) -> None:
         """Commit a checkpoint of the last finished step now. All ranks must reach it.
 
         What the loop's body changes after it, in the same step, isn't in it: make it the last thing there.
 
+        :param metrics: what the model was measured to be worth, for `Config.keep_best`; equal on all ranks.
+        :param wait: False lets the training go on while it is written; an error is raised by the next save, or at the
+            end of the run.
         :raises SaveError: it could not be written; the commit before stands.
         :raises UsageError: nothing is restored yet, or the step is only half done.
         """
@@ -182,16 +208,26 @@ class Run:
                     f"step {step.number}: save comes after step.update, when the weights are those after it"
                 )
             self._finish(step)
-        if self._saved == self._done:
+        self._save(metrics)
+        if wait:
+            self._manager.wait()
+
+    def _save(self, metrics: dict[str, float] | None = None) -> None:
+        if self._saved == self._done and not metrics:
             return
         if self._metrics is not None:
             self._metrics.flush()
         self._same_buffers()
-        self._manager.save(self._state, self._done, self._position())
+        self._manager.save(self._state, self._done, self._position(), metrics)
         self._saved = self._done
-        self._policy.saved()
-        if self._progress is not None:
-            self._progress.committed(self._done)
+        self._schedule.saved()
+        self._schedule.snapped(self._done, self._manager.stall_s)
+
+    def _snapshot(self) -> None:
+        if self._metrics is not None:
+            self._metrics.flush()
+        self._manager.snapshot(self._state, self._done, self._position())
+        self._schedule.snapped(self._done, self._manager.stall_s)
 
     def close(self) -> None:
         """Save what isn't saved yet, and end the progress line. Called at the end of the loop and of the main."""
@@ -202,14 +238,22 @@ class Run:
             )
         elif self._started and self._done > 0:
             self._step = None
-            self.save()
+            self._save()
+            self._manager.wait()
+            if self._schedule.skipped:
+                self._events.warn(
+                    f"{self._schedule.skipped} checkpoints were not made, as the one before was still being written: "
+                    "save_every is shorter than a save takes"
+                )
         if self._progress is not None:
             self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
 
     def _ask(self) -> Flags:
-        return bool(self._stop or self._page.stop), self.is_first and self._policy.due_by_clock()
+        assert self._step is not None
+        due = self._schedule.due(self._step.number, busy=self._manager.busy) if self.is_first else Action.NOTHING
+        return bool(self._stop or self._page.stop), due
 
     def _same_buffers(self) -> None:
         modules = dict.fromkeys([*map(bare, self._models), *self._state.modules().values()])
@@ -225,6 +269,7 @@ class Run:
         if self._metrics is not None and self._progress is not None:
             loss = step.loss
             self._metrics.write(step.number, {"loss": loss} | step.values)
+            self._progress.committed(self._manager.committed)
             self._progress.step(step.number, loss, step.totals.count)
 
     def _restore(self) -> None:
@@ -245,7 +290,8 @@ class Run:
         restored = self._manager.restore(self._state)
         if restored is not None:
             self._check_data(restored.position["data"])
-            self._done = self._saved = self._page.restored = restored.step
+            self._done = self._page.restored = restored.step
+            self._saved = restored.step if restored.committed else -1
         if self.is_first:
             ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
             say(f"{self.config.dir}: {f'restored step {self._done}' if restored else 'nothing saved yet'}, {ranks}")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
 
-Flags = tuple[bool, bool]
-"""Whether to stop, and whether a checkpoint is due, after this step."""
+Flags = tuple[bool, int]
+"""Whether to stop after this step, and what else to do after it."""
 
 
 class Step:
@@ -51,6 +51,7 @@ class Step:
         exchange: Exchange,
         scaler: GradScaler | None,
         ask: Callable[[], Flags],
+        before_update: Callable[[], None],
     ) -> None:
         self.number = number
         self.values: dict[str, float] = {}
@@ -60,6 +61,7 @@ class Step:
         self._exchange = exchange
         self._scaler = scaler
         self._ask = ask
+        self._before_update = before_update
         self._open = False
         self._backwards = 0
         self.begun = False
@@ -110,8 +112,8 @@ class Step:
         self._loss = detached if self._loss is None else self._loss + detached
         last = self._backwards == len(self._block)
         if last:
-            stop, save = self._ask()
-            self._exchange.send(self._count, float(self._loss) if loss.is_cpu else 0.0, stop=stop, save=save)
+            stop, action = self._ask()
+            self._exchange.send(self._count, float(self._loss) if loss.is_cpu else 0.0, stop=stop, action=action)
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         if last:
             self._check_all_used()
@@ -154,6 +156,7 @@ class Step:
             factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
         if gradients:  # one pass over them, for the mean and the clipping
             torch._foreach_mul_(gradients, factor)
+        self._before_update()
         if self._scaler is not None:
             self._scaler.step(optimizer)
         else:

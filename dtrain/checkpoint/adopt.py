@@ -1,0 +1,132 @@
+"""`adopt`: somebody else's weights as the first checkpoint of a new run folder.
+
+Whatever `open_source` opens becomes a checkpoint of step 0 with digests, which any number of ranks can read by ranges.
+It streams, as an export does.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from dtrain.checkpoint.catalog import CHECKPOINTS
+from dtrain.checkpoint.format import BLOCK_BYTES, BlockHasher, Part, TensorItem, json_text
+from dtrain.checkpoint.interchange import Progress, pwrite
+from dtrain.checkpoint.layout import Layout, Place
+from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.plan import local_items
+from dtrain.checkpoint.sources import Source, renamed
+from dtrain.checkpoint.state import RUN
+from dtrain.checkpoint.tree import Tree, decode, dtype_named, flatten
+from dtrain.checkpoint.writer import Indexes, shard_name, with_values
+from dtrain.errors import ConfigError
+from dtrain.storage.base import Sink
+from dtrain.storage.local import LocalStorage
+
+
+def adopt(
+    source: Source, run: Path, *, name: str = "model", key: str = "", progress: Progress = lambda done: None
+) -> str:
+    """Make a run folder whose only checkpoint, of step 0, is somebody else's weights.
+
+    :param run: the folder: a new one, or one without any checkpoint.
+    :param name: that a run tracks its model by.
+    :param key: where in the source the weights are, as dotted names; by default where its own `name` is.
+    :returns: the checkpoint's folder.
+    :raises ConfigError: the run folder has checkpoints already.
+    :raises StateError: the source has nothing under that name, or what only running code could read.
+    """
+    key = key or name
+    items, tree = source.select(key)
+    storage = LocalStorage(str(run))
+    storage.prepare()
+    log = Log(storage)
+    log.refresh()
+    if any(entry.kind != "claim" for entry in log.entries) or log.broken:
+        raise ConfigError(f"{run} has checkpoints already; give a new folder")
+    nonce = uuid.uuid4().hex[:8]
+    claim = log.claim(time.time(), nonce)
+    attempt = f"step-{0:08d}.e{claim.epoch}.{nonce}"
+    tensors = {f"{name}.{inner}": item for inner, item in items.items()}
+    # The run's own part says that nothing has been trained yet.
+    state = {RUN: {"step": 0, "samples": 0, "config": {}, "data": {}}, name: renamed(tree, "", f"{name}.")}
+    meta = {k: torch.empty(item.shape, dtype=dtype_named(item.dtype), device="meta") for k, item in tensors.items()}
+    layout = Layout(local_items(meta, 0, 1))
+    folder = f"{CHECKPOINTS}/{attempt}"
+    with storage.open_new(f"{folder}/{shard_name(0)}") as sink:
+        digests, end = [], 0
+        for place in layout.places:
+            digests.append(_write_item(sink, place, place.offset - end, tensors[place.name], source, progress))
+            end = place.offset + place.length
+        sink.write(bytes(layout.size - end))
+        part = Part(file=shard_name(0), size=layout.size, items=layout.items, digests=b"".join(digests))
+        part = with_values(part, _copies(state), sink)
+    manifest = Indexes().write(
+        storage, folder, [part], step=0, world_size=1, tree=json_text(state), tensors=[layout.tensors]
+    )
+    log.append(
+        Entry(
+            kind="commit",
+            epoch=claim.epoch,
+            time=time.time(),
+            nonce=nonce,
+            attempt=attempt,
+            manifest=manifest,
+            bytes=part.size,
+            world_size=1,
+        )
+    )
+    return folder
+
+
+def _write_item(sink: Sink, place: Place, gap: int, item: TensorItem, source: Source, progress: Progress) -> bytes:
+    """Append a tensor to a shard file, in its frame and after `gap` bytes of zeros. :returns: its digests."""
+    hasher = BlockHasher()
+    sink.write(bytes(gap))
+    for data in _framed(place, item, source):
+        hasher.update(data)
+        sink.write(data)
+        progress(data.nbytes)
+    return hasher.digests()
+
+
+def _framed(place: Place, item: TensorItem, source: Source) -> Iterator[memoryview]:
+    yield memoryview(place.frame.head)
+    yield from _in_order(item, source)
+    yield memoryview(place.frame.tail)
+
+
+def _in_order(item: TensorItem, source: Source) -> Iterator[memoryview]:
+    """A tensor's bytes from first to last.
+
+    A tensor that is cut so that its boxes don't lie one behind the other is put together in a file without a name.
+    """
+    boxes = sorted(item.chunks, key=lambda chunk: chunk.offsets)
+    if all(chunk.sizes[1:] == item.shape[1:] for chunk in boxes):
+        for chunk in boxes:
+            yield from (data for _, data in source.payload(item, chunk))
+        return
+    with tempfile.TemporaryFile() as file:
+        for chunk in boxes:
+            for where, data in source.in_tensor(item, chunk):
+                pwrite(file.fileno(), data, where)
+        file.seek(0)
+        while block := file.read(BLOCK_BYTES):
+            yield memoryview(block)
+
+
+def _copies(tree: Tree) -> dict[str, bytes]:
+    """The plain values as stock DCP has them."""
+    copies = {}
+    for key, (_, leaf) in flatten(decode(tree, lambda _: torch.empty(0))).items():
+        if not isinstance(leaf, torch.Tensor):
+            stream = io.BytesIO()
+            torch.save(leaf, stream)
+            copies[key] = stream.getvalue()
+    return copies

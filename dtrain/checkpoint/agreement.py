@@ -1,0 +1,155 @@
+"""How the ranks' savers agree on one save: through the store, with a deadline, and without the trainers.
+
+    rank 0      attempt    the folder that all write into; empty if it won't be tried
+    every rank  report     what it has written, or why it couldn't
+    rank 0      outcome    committed, or why not
+
+Each is a key that is written once and waited for on the store's server. A save whose asker died on some rank before it
+could ask is called off there by an empty report; so nobody waits for what can't come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import cast
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one save. Without an error, it is committed."""
+
+    error: str = ""
+    kind: str = "SaveError"
+    """Name of the error's class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank has written."""
+
+    error: str = ""
+    layout: str = ""
+    """Digest of the layout, whose texts are sent once."""
+    size: int = 0
+    objects: dict[str, str] = field(default_factory=dict)
+    """Digest of each tracked object's plain values."""
+    digests: bytes = b""
+
+    def to_bytes(self) -> bytes:
+        fields = asdict(self) | {"digests": None}
+        return json.dumps(fields).encode() + b"\n" + self.digests
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Report:
+        head, _, digests = data.partition(b"\n")
+        return cls(**(json.loads(head) | {"digests": digests}))
+
+
+class Agreement:
+    """One rank's side of it.
+
+    :param connect: makes a connection to the store below a prefix that is this group's; a second one is used to call
+        off what the first one waits for.
+    :param timeout_s: how long to wait for another rank's saver, in seconds.
+    """
+
+    def __init__(self, connect: Callable[[], dist.Store], rank: int, world_size: int, timeout_s: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store = connect()
+        self._aside = connect()
+        self._sent = ""
+        self._layouts: dict[int, tuple[str, str, str]] = {}
+        self._done: list[str] = []
+
+    def attempt(self, save: str, folder: str | None = None) -> str:
+        """The folder that all ranks write into; empty if the save was called off.
+
+        :param folder: on rank 0, the one that is to be; empty calls the save off.
+        """
+        if self.rank == 0:
+            assert folder is not None
+            return self._store.compare_set(f"{save}/attempt", "", folder or "-").decode().strip("-")
+        self._store.wait([f"{save}/attempt"], self._timeout)
+        return self._store.get(f"{save}/attempt").decode().strip("-")
+
+    def report(self, save: str, report: Report, items: str = "", tensors: str = "") -> None:
+        """Say what this rank has written.
+
+        :param items: JSON text of the layout's items, and
+        :param tensors: of the tensors' types and shapes.
+        """
+        if report.layout != self._sent and not report.error:
+            self._store.set(f"layout/{self.rank}", "\n".join((report.layout, items, tensors)))
+            self._sent = report.layout
+        self._store.set(f"{save}/report/{self.rank}", cast(str, report.to_bytes()))  # takes both
+
+    def reports(self, save: str) -> list[Report]:
+        """On rank 0: what all ranks have written, in their order.
+
+        :raises TimeoutError: some rank doesn't answer.
+        """
+        keys = [f"{save}/report/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, self._timeout)
+        except dist.DistStoreError:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise TimeoutError(f"the savers of ranks {missing} did not answer within {self._timeout}") from None
+        found = [Report.from_bytes(data) for data in self._get(keys)]
+        # Who has reported this save has heard the outcome of the one before.
+        for key in self._done:
+            self._store.delete_key(key)
+        self._done = [*keys, f"{save}/attempt", f"{save}/outcome"]
+        return found
+
+    def layouts(self, reports: list[Report]) -> list[tuple[str, str]]:
+        """On rank 0: the texts of every rank's items and tensors."""
+        new = [r for r, report in enumerate(reports) if self._layouts.get(r, ("",))[0] != report.layout]
+        for rank, data in zip(new, self._get([f"layout/{rank}" for rank in new]), strict=True):
+            key, items, tensors = data.decode().split("\n")
+            self._layouts[rank] = key, items, tensors
+        return [self._layouts[rank][1:] for rank in range(self.world_size)]
+
+    def conclude(self, save: str, outcome: Outcome) -> Outcome:
+        """On rank 0: tell all ranks. :returns: what they were told, if that was before."""
+        text = json.dumps(asdict(outcome))
+        return Outcome(**json.loads(self._store.compare_set(f"{save}/outcome", "", text)))
+
+    def outcome(self, save: str) -> Outcome:
+        """On the others: wait for it."""
+        try:
+            self._store.wait([f"{save}/outcome"], self._timeout)
+        except dist.DistStoreError:
+            return Outcome(f"rank 0's saver did not answer within {self._timeout}")
+        return Outcome(**json.loads(self._store.get(f"{save}/outcome")))
+
+    def common(self, mine: Collection[tuple[int, int]], timeout_s: float) -> tuple[int, int] | None:
+        """The newest of the snapshots that every rank has; None if there is none, or if not all ranks ask in time.
+
+        :param mine: generation and number of those that this rank has.
+        """
+        self._store.set(f"last/{self.rank}", json.dumps(list(mine)))
+        keys = [f"last/{rank}" for rank in range(self.world_size)]
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistStoreError:
+            return None
+        have = [{(generation, number) for generation, number in json.loads(data)} for data in self._get(keys)]
+        return max(set.intersection(*have), default=None)
+
+    def call_off(self, save: str, why: str) -> None:
+        """End a save that this rank can't take part in any more, if it is under way on the others."""
+        if self.rank == 0:
+            self._aside.compare_set(f"{save}/attempt", "", "-")
+            self._aside.compare_set(f"{save}/outcome", "", json.dumps(asdict(Outcome(why))))
+        else:
+            self._aside.compare_set(f"{save}/report/{self.rank}", "", Report(error=why).to_bytes().decode())
+
+    def _get(self, keys: list[str]) -> list[bytes]:
+        return list(self._store.multi_get(keys)) if keys else []

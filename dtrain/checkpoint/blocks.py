@@ -1,0 +1,365 @@
+"""Reading parts of a checkpoint: the blocks that hold what is wanted, several at once, each checked before it is used.
+
+Whatever part of a tensor is wanted, the digest blocks that it lies in are read as a whole. What is wanted and lies in
+one piece, in the file as in memory, is read straight into the tensor; all else goes through a few megabytes that each
+thread keeps. A block is hashed right after it was read, while the processor's cache still holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import operator
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import xxhash
+
+from dtrain.checkpoint.format import DIGEST_BYTES, Chunk
+from dtrain.checkpoint.layout import bytes_of
+from dtrain.errors import Damaged
+from dtrain.storage.base import KeepsOpen, Readable
+
+_READ_BYTES = 4 << 20
+"""Neighbouring blocks are read together up to this size, so that many small tensors cost one read."""
+
+_GAP_BYTES = 4096
+"""Bytes between two blocks that are read and dropped rather than start another read: the disk reads pages anyway."""
+
+_DIRECT_BYTES = 64 << 10
+"""Less than this is cheaper to copy than to have a place of its own in a read."""
+
+_ALIGN = 16
+"""No type's elements are larger."""
+
+_MOST_THREADS = 8
+
+
+class Want(NamedTuple):
+    """A box of a chunk, and the memory that it is for."""
+
+    name: str
+    """Of the tensor, for messages."""
+    chunk: Chunk
+    dtype: torch.dtype
+    """As it was saved."""
+    start: Sequence[int]
+    """The box's first element, counted from the chunk's."""
+    target: torch.Tensor
+    """Of the box's extent, in any memory and of any type."""
+
+
+class _Box(NamedTuple):
+    """What is wanted of a chunk, where it has to be copied out of the blocks."""
+
+    sizes: tuple[int, ...]
+    """The chunk's."""
+    start: tuple[int, ...]
+    target: torch.Tensor
+    dtype: torch.dtype
+    payload: int
+    """Where the chunk's first element lies in the file."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A range of a file that is read as a whole: a digest block, or a part of an item that has no digests."""
+
+    file: str
+    start: int
+    stop: int
+    name: str
+    digest: bytes
+    """Empty if nobody knows it."""
+    first: int = 0
+    """Of what is read straight into memory, in the file."""
+    memory: memoryview | None = None
+    """Where that goes."""
+    box: _Box | None = None
+
+
+@dataclass(slots=True)
+class _Read:
+    """Neighbouring blocks of one file."""
+
+    file: str
+    start: int
+    stop: int
+    blocks: list[_Block] = field(default_factory=list)
+
+
+def read_blocks(
+    storage: Readable, folder: str, wants: Iterable[Want], block_bytes: int, threads: int | None = None
+) -> int:
+    """Fill the tensors. Takes no more memory than a block per thread, two for tensors on a GPU.
+
+    :returns: how many bytes were read.
+    :raises Damaged: a block doesn't hold what was saved, or can't be read. What the tensors hold then is worth nothing.
+    """
+    wants = [want for want in wants if want.target.numel()]
+    reads = _reads(block for want in wants for block in _blocks(folder, want, block_bytes))
+    devices = {want.target.device for want in wants if want.target.is_cuda}
+    most = max((read.stop - read.start + _ALIGN * len(read.blocks) for read in reads), default=0)
+    left = iter(reads)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            worker = _Worker(storage, folder, most, devices)
+            for read in left:  # a list's iterator gives each read to one thread alone
+                if failures:
+                    break
+                worker.read(read)
+            worker.finish()
+        except BaseException as error:
+            failures.append(error)
+
+    count = min(len(reads), threads or default_threads())
+    helpers = [threading.Thread(target=work, name=f"dtrain-read-{n}", daemon=True) for n in range(1, count)]
+    with storage.keep_open() if isinstance(storage, KeepsOpen) else contextlib.nullcontext():
+        for helper in helpers:
+            helper.start()
+        work()
+        for helper in helpers:
+            helper.join()
+    if failures:
+        raise failures[0]
+    return sum(read.stop - read.start for read in reads)
+
+
+def default_threads() -> int:
+    """As many as this rank has processors for, two at least: one can compute while another waits for the disk."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(2, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+
+
+def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:
+    """The blocks that hold a box."""
+    name, chunk, dtype, start, target = want
+    file, offset, stop = chunk.file, chunk.offset, chunk.offset + chunk.length
+    sizes = tuple(chunk.sizes)
+    payload = offset + chunk.payload
+    if chunk.payload < 0 or payload + math.prod(sizes) * dtype.itemsize > stop:
+        raise Damaged(f"{folder}/{file}: an item of {chunk.length} bytes is too short for {name}")
+    count = target.numel()
+    flat = target.is_contiguous() and (count == math.prod(sizes) or _in_one_piece(sizes, target.shape))
+    first = payload + dtype.itemsize * _index(sizes, start)
+    last = first + dtype.itemsize * count
+    memory = box = None
+    if flat and target.is_cpu and target.dtype == dtype and not target.is_conj() and not target.is_neg():
+        memory = bytes_of(target)
+    elif flat:  # in one piece on both sides: what the dimensions are doesn't matter
+        box = _Box((math.prod(sizes),), (_index(sizes, start),), target.view(-1), dtype, payload)
+    else:
+        box = _Box(sizes, tuple(start), target, dtype, payload)
+        end = [a + n - 1 for a, n in zip(start, target.shape, strict=True)]
+        last = payload + dtype.itemsize * (1 + _index(sizes, end))
+    # Blocks with digests are counted from the item's beginning; without any, just what is wanted is read.
+    begin, stop = (offset, stop) if chunk.digests else (first, last)
+    if box is not None and ((payload - begin) % dtype.itemsize or block_bytes % dtype.itemsize):
+        raise Damaged(f"{folder}/{file}: the elements of {name} don't lie at multiples of their size")
+    for number in range((first - begin) // block_bytes, -(-(last - begin) // block_bytes)):
+        low = begin + number * block_bytes
+        high = min(low + block_bytes, stop)
+        digest = chunk.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        if memory is not None:
+            into = max(low, first)
+            yield _Block(file, low, high, name, digest, into, memory[into - first : high - first])
+        elif box is not None and any(True for _ in _parts(box, low, high)):
+            yield _Block(file, low, high, name, digest, box=box)
+
+
+def _reads(blocks: Iterable[_Block]) -> list[_Read]:
+    """Neighbouring blocks together, in the order in which they lie in the files."""
+    reads: list[_Read] = []
+    for block in sorted(blocks, key=lambda block: (block.file, block.start)):
+        last = reads[-1] if reads else None
+        if (
+            last is None
+            or block.file != last.file
+            or not last.stop <= block.start <= last.stop + _GAP_BYTES
+            or block.stop - last.start > _READ_BYTES
+        ):
+            reads.append(last := _Read(block.file, block.start, block.stop))
+        last.stop = block.stop
+        last.blocks.append(block)
+    return reads
+
+
+class _Worker:
+    """One thread's part: its memory and, for tensors on a GPU, its streams.
+
+    :param most: how much of that memory a read may need, in bytes.
+    """
+
+    def __init__(self, storage: Readable, folder: str, most: int, devices: set[torch.device]) -> None:
+        self._storage = storage
+        self._folder = folder
+        # For a GPU two that take turns: the copies from one go on while the other is filled.
+        self._spare = [torch.empty(most, dtype=torch.uint8, pin_memory=bool(devices)) for _ in range(1 + bool(devices))]
+        self._copied: list[list[torch.cuda.Event]] = [[] for _ in self._spare]
+        self._streams = {device: torch.cuda.Stream(device) for device in devices}
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def read(self, read: _Read) -> None:
+        """Fill a read's part of the tensors."""
+        self._spare.reverse()
+        self._copied.reverse()
+        for event in self._copied[0]:
+            event.synchronize()
+        spare = self._spare[0]
+        scratch = bytes_of(spare)
+        buffers: list[memoryview] = []
+        places: list[int] = []  # of the blocks in the scratch memory
+        begun = used = 0  # the scratch memory between them follows the last of the buffers
+        at = read.start
+        for block in read.blocks:
+            used += block.start - at
+            if block.box is not None and used % _ALIGN:
+                buffers.append(scratch[begun:used])
+                begun = used = used + -used % _ALIGN
+            places.append(used)
+            if block.memory is not None and block.memory.nbytes >= _DIRECT_BYTES:
+                used += block.first - block.start
+                buffers += [scratch[begun:used], block.memory]
+                begun = used
+                used += block.stop - block.first - block.memory.nbytes
+            else:
+                used += block.stop - block.start
+            at = block.stop
+        buffers.append(scratch[begun:used])
+        place = f"{self._folder}/{read.file}"
+        with damaged_by(place):
+            self._storage.read_into(place, read.start, buffers)
+        for block, begin in zip(read.blocks, places, strict=True):
+            self._check(block, scratch[begin:])
+            if block.box is not None:
+                self._copy(block, block.box, spare[begin:])
+        self._copied[0] = [stream.record_event() for stream in self._streams.values()]
+
+    def finish(self) -> None:
+        """Wait for the copies to a GPU."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def _check(self, block: _Block, scratch: memoryview) -> None:
+        """Compare a block with its digest; then put what is small and wanted of it into its place."""
+        memory, size = block.memory, block.stop - block.start
+        direct = memory is not None and memory.nbytes >= _DIRECT_BYTES
+        if block.digest:
+            if memory is not None and direct:
+                head, tail = block.first - block.start, size - memory.nbytes
+                hasher = xxhash.xxh3_128(scratch[:head])
+                hasher.update(memory)
+                hasher.update(scratch[head:tail])
+                found = hasher.digest()
+            else:
+                found = xxhash.xxh3_128_digest(scratch[:size])
+            if found != block.digest:
+                raise Damaged(
+                    f"{self._folder}/{block.file}: bytes {block.start} to {block.stop} are not those that were saved "
+                    f"({block.name})"
+                )
+        if memory is not None and not direct:
+            memory[:] = scratch[block.first - block.start :][: memory.nbytes]
+
+    def _copy(self, block: _Block, box: _Box, spare: torch.Tensor) -> None:
+        """Copy what is wanted out of a block that was checked."""
+        stream = self._streams.get(box.target.device)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            for part in _parts(box, block.start, block.stop):
+                count = math.prod(part.sizes)
+                begin = box.payload - block.start + part.first * box.dtype.itemsize
+                saved = spare[begin : begin + count * box.dtype.itemsize].view(box.dtype).view(part.sizes)
+                target = box.target
+                for dim, (low, high, ours, start) in enumerate(zip(*part[2:], box.start, strict=True)):
+                    saved = saved.narrow(dim, low - ours, high - low)
+                    target = target.narrow(dim, low - start, high - low)
+                target.copy_(saved, non_blocking=stream is not None)
+
+
+class _Part(NamedTuple):
+    """A box of a chunk that lies in one piece in a block and holds something that is wanted."""
+
+    first: int
+    """Its first element's number in the chunk."""
+    sizes: tuple[int, ...]
+    low: tuple[int, ...]
+    """Where what is wanted of it begins in the chunk, by dimension."""
+    high: tuple[int, ...]
+    start: tuple[int, ...]
+    """Where the part itself begins."""
+
+
+def _parts(box: _Box, begin: int, end: int) -> Iterator[_Part]:
+    """What a range of the file holds of a box, in pieces."""
+    size = box.dtype.itemsize
+    first = max(0, begin - box.payload) // size
+    last = min(math.prod(box.sizes), (end - box.payload) // size)
+    for start, sizes in _boxes(box.sizes, first, last):
+        low = tuple(map(max, start, box.start))
+        high = tuple(min(a + n, b + m) for a, n, b, m in zip(start, sizes, box.start, box.target.shape, strict=True))
+        if all(map(operator.lt, low, high)):
+            yield _Part(first, sizes, low, high, start)
+        first += math.prod(sizes)
+
+
+def _boxes(sizes: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A range of the elements of a tensor, cut into boxes in the same order: 2n - 1 of them at most, in n dimensions.
+
+    :returns: of each its start and its extent.
+    """
+    if first >= last:
+        return
+    if len(sizes) < 2:
+        yield (first,) * len(sizes), (last - first,) * len(sizes)
+        return
+    row = math.prod(sizes[1:])
+    while first < last:
+        number, within = divmod(first, row)
+        rows = (last - first) // row
+        if within == 0 and rows:
+            yield (number, *(0 for _ in sizes[1:])), (rows, *sizes[1:])
+            first += rows * row
+        else:
+            stop = min(last, (number + 1) * row)
+            for start, extent in _boxes(sizes[1:], within, within + stop - first):
+                yield (number, *start), (1, *extent)
+            first = stop
+
+
+def _index(sizes: Sequence[int], start: Sequence[int]) -> int:
+    """An element's number in a tensor of these sizes."""
+    number = 0
+    for size, at in zip(sizes, start, strict=True):
+        number = number * size + at
+    return number
+
+
+def _in_one_piece(sizes: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether a box of these lengths takes up one range of a tensor's elements."""
+    whole = True
+    for size, length in zip(reversed(sizes), reversed(lengths), strict=True):
+        if not whole and length != 1:
+            return False
+        whole = whole and length == size
+    return True
+
+
+@contextlib.contextmanager
+def damaged_by(place: str) -> Iterator[None]:
+    """What can't be read because of what is in the place, not because of the way to it, counts as damaged."""
+    try:
+        yield
+    except (EOFError, ValueError) as error:
+        raise Damaged(f"{place}: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO):
+            raise
+        raise Damaged(f"{place}: {error}") from error

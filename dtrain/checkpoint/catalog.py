@@ -1,0 +1,122 @@
+"""`Catalog`: the checkpoints of a run folder, as the one process sees them that may write there.
+
+It claims the run, gives attempts their names, commits them, marks bad ones, and deletes. It knows log and folders, and
+no tensors; the ranks' agreement comes before (see `saver`).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dtrain.checkpoint.format import MANIFEST
+from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.policy import Keep, to_retire
+from dtrain.checkpoint.reader import read_manifest
+from dtrain.errors import Damaged, NoGoodCheckpoint
+from dtrain.observe.events import Events
+from dtrain.storage.local import LocalStorage
+
+CHECKPOINTS = "checkpoints"
+
+
+class Catalog:
+    """See above. Not for several threads at once.
+
+    :param keep: which checkpoints are kept.
+    """
+
+    def __init__(self, storage: LocalStorage, keep: Keep, events: Events) -> None:
+        self._storage = storage
+        self._keep = keep
+        self._events = events
+        self.log = Log(storage)
+        self.epoch = 0
+        """The epoch that was claimed; 0 before."""
+
+    def claim(self, *, after: int | None = None) -> None:
+        """Take the run over from any earlier generation, and clear away what it left unfinished.
+
+        :param after: see `Log.claim`.
+        """
+        claim = self.log.claim(time.time(), uuid.uuid4().hex[:8], after=after)
+        for broken in self.log.broken:
+            self._events.warn(f"{self._storage.root}/{broken}: passed over")
+        for folder in (".", FOLDER):
+            self._storage.sweep(folder)
+        whole = {entry.attempt for entry in (*self.log.commits(), *self.log.bad())}
+        for name in self._storage.names(CHECKPOINTS):
+            # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
+            # And none at all while an entry can't be read, since that may be the commit of any of them.
+            if name not in whole and 0 <= epoch_of(name) < claim.epoch and not self.log.broken:
+                self.discard(name)
+        self.epoch = claim.epoch
+
+    def new_attempt(self, step: int) -> str:
+        """A folder for one more try to save a step. :raises Fenced: a newer generation has taken the run over."""
+        self.log.check()
+        return f"step-{step:08d}.e{self.epoch}.{uuid.uuid4().hex[:8]}"
+
+    def commit(self, attempt: str, **fields: Any) -> None:
+        """Make an attempt that is whole and durable a checkpoint, and delete those that it takes the place of.
+
+        :param fields: of the log's entry.
+        :raises Fenced: a newer generation has taken the run over.
+        """
+        self._append("commit", attempt=attempt, **fields)
+        for entry in to_retire(self.log, self._keep, time.time()):
+            self._append("retire", step=entry.step, attempt=entry.attempt)
+            self.discard(entry.attempt)
+
+    def condemn(self, attempt: str, step: int, reason: str) -> None:
+        """Mark a checkpoint as bad: it is passed over from now on."""
+        self._append("bad", step=step, attempt=attempt, reason=reason)
+        self._events.warn(f"checkpoint of step {step} is damaged and passed over: {reason}")
+
+    def discard(self, attempt: str) -> None:
+        """Delete an attempt's folder."""
+        self._storage.remove(f"{CHECKPOINTS}/{attempt}")
+
+    def _append(self, kind: Any, **fields: Any) -> None:
+        self.log.append(Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields))
+
+
+def candidates(
+    storage: LocalStorage, log: Log, condemn: Callable[[str, int, str], None]
+) -> Iterator[tuple[Entry, bytes] | None]:
+    """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none.
+
+    :param condemn: called with attempt, step and reason for each of the others.
+    :raises NoGoodCheckpoint: there are commits, and none of them is good.
+    """
+    log.refresh()
+    reasons = [f"step {entry.step}: {entry.reason}" for entry in log.entries if entry.kind == "bad"]
+    ever = bool(reasons or log.broken)
+    for commit in reversed(log.commits()):
+        ever = True
+        try:
+            data, _ = read_manifest(storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
+        except Damaged as error:
+            condemn(commit.attempt, commit.step, str(error))
+            reasons.append(f"step {commit.step}: {error}")
+            continue
+        yield commit, data
+        reasons.append(f"step {commit.step}: damaged on some rank")
+    if ever:
+        log.refresh()
+        known = {entry.step: entry.reason for entry in log.entries if entry.kind == "bad"}
+        lines = [f"step {step}: {reason}" for step, reason in known.items()] or reasons
+        raise NoGoodCheckpoint(
+            f"{storage.root} has commits, but none of them can be read:\n  "
+            + "\n  ".join(lines + log.broken)
+            + "\nBring the files back, or start in another run folder."
+        )
+    yield None
+
+
+def epoch_of(attempt: str) -> int:
+    """The epoch in an attempt's name; -1 if it isn't one."""
+    parts = attempt.split(".")
+    return int(parts[1][1:]) if len(parts) == 3 and parts[1][1:].isdigit() else -1

@@ -1,0 +1,190 @@
+"""Between a trainer and its saver: what is asked for, and what is told.
+
+A message is a packet of JSON on a pair of sockets, which the supervisor holds for as long as it lives: either side may
+die and be replaced. Where there is no supervisor, the trainer's own process is the saver: `Direct`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from dtrain import errors
+from dtrain.checkpoint.agreement import Outcome
+from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.snapshot import Board, Snapshot
+from dtrain.errors import SaveError
+
+_MOST_BYTES = 1 << 17
+"""Of a message. Only a reason why something failed can be long."""
+
+
+class Client(Protocol):
+    """A trainer's view of its saver."""
+
+    def claim(self) -> int:
+        """On rank 0: take the run over. :returns: the epoch. :raises Fenced:"""
+
+    def condemn(self, attempt: str, step: int, reason: str) -> None:
+        """On rank 0: mark a checkpoint as bad."""
+
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        """Have a snapshot saved. Waits for the save before it, if that is still under way."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+
+    def wait(self) -> None:
+        """Wait until no save is under way. :raises SaveError: the last one that this trainer began has failed."""
+
+
+class Remote:
+    """A saver in a process of its own. See `Client`.
+
+    :param end: the trainer's end of the pair of sockets.
+    """
+
+    def __init__(self, end: socket.socket, board: Board, generation: int) -> None:
+        self._end = end
+        self._board = board
+        self._generation = generation
+        self._begun = 0
+        self._outcome: Outcome | None = None
+
+    def claim(self) -> int:
+        return int(self._ask("claim"))
+
+    def condemn(self, attempt: str, step: int, reason: str) -> None:
+        self._ask("condemn", attempt=attempt, step=step, reason=reason)
+
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        self.wait()
+        self._begun += 1
+        self._outcome = None
+        self._board.held = snapshot.slot + 1
+        self._board.saving_generation, self._board.saving = self._generation, self._begun
+        send(self._end, do="save", snapshot=asdict(snapshot), number=self._begun, metrics=metrics)
+
+    @property
+    def busy(self) -> bool:
+        return self._board.saving != 0
+
+    def wait(self) -> None:
+        while self._board.saving or (self._begun and self._outcome is None):
+            self._receive()
+        outcome, self._outcome = self._outcome, Outcome()
+        if outcome is not None and outcome.error:
+            raise error_of(outcome)
+
+    def _ask(self, do: str, **fields: Any) -> Any:
+        token = uuid.uuid4().hex
+        send(self._end, do=do, token=token, **fields)
+        while (reply := self._receive()).get("token") != token:
+            if "born" in reply:  # the one that was asked has died, perhaps without an answer
+                send(self._end, do=do, token=token, **fields)
+        if reply["error"]:
+            raise error_of(Outcome(reply["error"], reply["kind"]))
+        return reply["value"]
+
+    def _receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._end.recv(_MOST_BYTES))
+        if message.get("save") == [self._generation, self._begun]:
+            self._outcome = Outcome(message["error"], message["kind"])
+        return message
+
+
+class Direct:
+    """A saver in the trainer's own process, which trains on when all is saved. See `Client`."""
+
+    def __init__(self, saver: Saver, board: Board, generation: int = 0) -> None:
+        self._saver = saver
+        self._board = board
+        self._generation = generation
+        self._begun = 0
+        self._outcome = Outcome()
+
+    def claim(self) -> int:
+        return self._saver.claim()
+
+    def condemn(self, attempt: str, step: int, reason: str) -> None:
+        self._saver.condemn(attempt, step, reason)
+
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        self.wait()
+        self._begun += 1
+        self._board.held = snapshot.slot + 1
+        self._outcome = self._saver.save(snapshot, self._begun, metrics)
+
+    @property
+    def busy(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        outcome, self._outcome = self._outcome, Outcome()
+        if outcome.error:
+            raise error_of(outcome)
+
+
+def serve(end: socket.socket, saver: Saver, board: Board) -> None:
+    """A saver's life: do what is asked for, until it is told to end.
+
+    :param end: the saver's end of the pair of sockets.
+    """
+    asked: dict[int, int] = {}
+    send(end, born=os.getpid())
+
+    def save(snapshot: Snapshot, number: int, metrics: dict[str, float]) -> None:
+        try:
+            outcome = saver.save(snapshot, number, metrics)
+        except Exception as error:  # the store is gone, say
+            board.held = board.saving = 0
+            outcome = Outcome(f"{type(error).__name__}: {error}")
+        send(end, save=[snapshot.generation, number], **asdict(outcome))
+
+    broken = board.saving_generation, board.saving
+    if (outcome := saver.interrupted()) is not None:
+        asked[broken[0]] = broken[1]
+        send(end, save=broken, **asdict(outcome))
+    with ThreadPoolExecutor(1) as saving:
+        while True:
+            message = json.loads(end.recv(_MOST_BYTES))
+            match message["do"]:
+                case "save":
+                    snapshot = Snapshot(**message["snapshot"])
+                    asked[snapshot.generation] = message["number"]
+                    saving.submit(save, snapshot, message["number"], message["metrics"])
+                case "over":
+                    generation = message["generation"]
+                    last = asked.get(generation, 0)
+                    why = f"the trainer of rank {message['rank']} died before it could save"
+                    saver.call_off(generation, last + 1, why)
+                    if board.saving_generation == generation and board.saving > last:
+                        board.held = board.saving = 0
+                        send(end, save=[generation, last + 1], **asdict(Outcome(why)))
+                case "last":
+                    saving.submit(saver.last, message["timeout_s"])
+                case "end":
+                    return
+                case do:
+                    fields = {key: value for key, value in message.items() if key not in ("do", "token")}
+                    try:
+                        reply = {"value": getattr(saver, do)(**fields), "error": ""}
+                    except Exception as error:
+                        reply = {"error": str(error), "kind": type(error).__name__}
+                    send(end, token=message["token"], **reply)
+
+
+def error_of(outcome: Outcome) -> Exception:
+    """The error that an outcome tells of."""
+    kind = getattr(errors, outcome.kind, None)
+    return kind(outcome.error) if isinstance(kind, type) and issubclass(kind, Exception) else SaveError(outcome.error)
+
+
+def send(end: socket.socket, **message: Any) -> None:
+    end.send(json.dumps(message).encode())

@@ -1,0 +1,275 @@
+"""`Saver`: writes snapshots to storage and commits them, beside the training.
+
+    trainer ── asks ──▶ saver      forked by the supervisor; outlives the trainer, is replaced when it dies
+            ◀─ tells ──
+
+One of them runs for every rank; they agree with each other through the store. Rank 0's alone writes the commit log. A
+save is one file a rank: the slot as it lies in memory is written and hashed at once, by two threads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.checkpoint.agreement import Agreement, Outcome, Report
+from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
+from dtrain.checkpoint.format import Part, digest, hash_item
+from dtrain.checkpoint.policy import Keep
+from dtrain.checkpoint.snapshot import Slots, Snapshot
+from dtrain.checkpoint.tree import decode, flatten
+from dtrain.checkpoint.writer import Indexes, shard_name, with_values
+from dtrain.config import Config, Interval
+from dtrain.errors import DtrainError, SaveError
+from dtrain.observe.events import Events
+from dtrain.storage.base import Sink
+from dtrain.storage.local import LocalStorage
+
+_PIECE_BYTES = 8 << 20
+_LAST = 1 << 40
+"""The number of a save that no trainer has asked for."""
+
+
+class Saver:
+    """One rank's.
+
+    :param catalog: used on rank 0 alone.
+    :param slots: shared with the trainer.
+    """
+
+    def __init__(
+        self, storage: LocalStorage, catalog: Catalog, agreement: Agreement, slots: Slots, events: Events
+    ) -> None:
+        self._storage = storage
+        self._catalog = catalog
+        self._agreement = agreement
+        self._slots = slots
+        self._board = slots.board
+        self._events = events
+        self._rank = agreement.rank
+        self._indexes = Indexes()
+        self._lock = threading.Lock()  # of the catalog: a claim doesn't wait for a save that is under way
+
+    @classmethod
+    def of(cls, config: Config, connect: Callable[[], dist.Store], rank: int, world_size: int, slots: Slots) -> Saver:
+        """The saver of a run's rank. :param connect: see `Agreement`."""
+        storage, events = LocalStorage(config.dir), Events(config.dir)
+        younger_s = Interval.parse(config.keep_for).amount if config.keep_for else None
+        keep = Keep(last=config.keep_last, every=config.keep_every, younger_s=younger_s, best=config.keep_best)
+        agreement = Agreement(connect, rank, world_size, config.timeout_s)
+        return cls(storage, Catalog(storage, keep, events), agreement, slots, events)
+
+    def claim(self) -> int:
+        """On rank 0: take the run over, once for this group of savers. :returns: the epoch.
+
+        :raises Fenced: a newer group has taken it over since.
+        """
+        with self._lock:
+            if self._catalog.epoch:
+                self._catalog.log.check()
+            else:
+                # Who takes a dead saver's place goes on with its group's claim, if that is still the newest.
+                self._catalog.claim(after=self._board.epoch or None)
+                self._board.epoch = self._catalog.epoch
+            return self._catalog.epoch
+
+    def condemn(self, attempt: str, step: int, reason: str) -> None:
+        """On rank 0: mark a checkpoint as bad."""
+        with self._lock:
+            self._catalog.condemn(attempt, step, reason)
+
+    def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float]) -> Outcome:
+        """Write one rank's part, and have all of it committed. All ranks' savers must come to it.
+
+        :param number: which save of its generation it is, beginning at 1.
+        """
+        name = save_name(snapshot.generation, number)
+        started = time.monotonic()
+        try:
+            lead = self._rank == 0
+            outcome = self._lead(name, snapshot, metrics, started) if lead else self._follow(name, snapshot)
+        finally:
+            self._board.held = 0
+        if not outcome.error:
+            self._board.committed = snapshot.step
+        self._board.saving = 0
+        return outcome
+
+    def last(self, timeout_s: float) -> None:
+        """Save the newest snapshot that all ranks have, where there is no later checkpoint: no trainer will any more.
+
+        :param timeout_s: how long to wait for the other ranks to be at the same point, in seconds.
+        """
+        have = {(found.generation, found.number): found for found in self._slots.whole()}
+        newest = self._agreement.common(have.keys(), timeout_s)
+        if newest is not None and have[newest].step > self._board.committed:
+            self.save(have[newest], _LAST, {})
+
+    def interrupted(self) -> Outcome | None:
+        """In the place of a saver that died: call off the save that it was in, if any."""
+        if not self._board.saving:
+            return None
+        why = f"the saver of rank {self._rank} died while it saved"
+        self.call_off(self._board.saving_generation, self._board.saving, why)
+        self._board.held = self._board.saving = 0
+        return Outcome(why)
+
+    def call_off(self, generation: int, number: int, why: str) -> None:
+        """Let the other ranks' savers not wait for this one's part of a save."""
+        self._agreement.call_off(save_name(generation, number), why)
+
+    def _lead(self, name: str, snapshot: Snapshot, metrics: dict[str, float], started: float) -> Outcome:
+        """Rank 0's part: its own file, and the commit."""
+        attempt = ""
+        try:
+            self.claim()
+            with self._lock:
+                attempt = self._agreement.attempt(name, self._catalog.new_attempt(snapshot.step))
+            if not attempt:
+                return self._agreement.conclude(name, Outcome("it was called off"))
+            meta = snapshot.meta()
+            try:
+                self._agreement.report(name, *self._write(snapshot, meta, attempt))
+            except Exception as error:
+                raise SaveError(f"rank 0: {_text(error)}") from error
+            reports = self._agreement.reports(name)
+            self._check(reports)
+            parts = [
+                Part(file=shard_name(rank), size=report.size, items=items, digests=report.digests)
+                for rank, (report, (items, _)) in enumerate(zip(reports, self._agreement.layouts(reports), strict=True))
+                if report.size
+            ]
+            manifest = self._indexes.write(
+                self._storage,
+                f"{CHECKPOINTS}/{attempt}",
+                parts,
+                step=snapshot.step,
+                world_size=len(reports),
+                tree=meta["tree"],
+                tensors=[tensors for _, tensors in self._agreement.layouts(reports)],
+                key=tuple(report.layout for report in reports),
+            )
+        except Exception as error:
+            if attempt:
+                self._catalog.discard(attempt)  # a full disk is not made fuller
+            return self._fail(name, error, f"step {snapshot.step} could not be saved")
+        size = sum(part.size for part in parts)
+        try:
+            with self._lock:
+                self._catalog.commit(
+                    attempt,
+                    step=snapshot.step,
+                    manifest=manifest,
+                    bytes=size,
+                    world_size=len(reports),
+                    metrics=metrics,
+                )
+        except Exception as error:
+            # The attempt stays where it is: the entry may have got into the log all the same.
+            return self._fail(name, error, f"step {snapshot.step} could not be committed")
+        self._events.emit("committed", step=snapshot.step, seconds=time.monotonic() - started, bytes=size)
+        return self._agreement.conclude(name, Outcome())
+
+    def _fail(self, name: str, error: Exception, what: str) -> Outcome:
+        """Tell all ranks that a save has failed, and whoever looks on."""
+        if isinstance(error, DtrainError):
+            outcome = Outcome(str(error), type(error).__name__)
+        else:
+            outcome = Outcome(f"{what} in {self._storage.root}: {_text(error)}")
+        self._events.warn(outcome.error)
+        return self._agreement.conclude(name, outcome)
+
+    def _follow(self, name: str, snapshot: Snapshot) -> Outcome:
+        """Any other rank's part: its own file."""
+        try:
+            attempt = self._agreement.attempt(name)
+            if attempt:
+                self._agreement.report(name, *self._write(snapshot, snapshot.meta(), attempt))
+        except Exception as error:
+            self._agreement.report(name, Report(error=_text(error)))
+        self._board.held = 0
+        return self._agreement.outcome(name)
+
+    def _write(self, snapshot: Snapshot, meta: dict[str, Any], attempt: str) -> tuple[Report, str, str]:
+        """Write this rank's shard file. :returns: what there is to report of it."""
+        file = shard_name(self._rank)
+        part = Part(file=file, size=snapshot.size, items=meta["items"], digests=b"")
+        copies = _pickled(meta["tree"]) if self._rank == 0 else {}
+        if snapshot.size or copies:
+            memory = _mapped(snapshot)
+            with (
+                self._storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}") as sink,
+                ThreadPoolExecutor(1) as hashing,
+            ):
+                digests = hashing.submit(_hash_items, memory, meta["items"])
+                _write_all(sink, memory)
+                part = Part(file=file, size=snapshot.size, items=meta["items"], digests=digests.result())
+                if copies:
+                    part = with_values(part, copies, sink)
+        layout = digest(part.items.encode()) if copies else meta["layout"]
+        report = Report(layout=layout, size=part.size, objects=meta["objects"], digests=part.digests)
+        return report, part.items, meta["tensors"]
+
+    def _check(self, reports: list[Report]) -> None:
+        """:raises SaveError: a rank failed, or the ranks don't have the same state."""
+        for rank, report in enumerate(reports):
+            if report.error:
+                raise SaveError(f"rank {rank}: {report.error}")
+        for rank, report in enumerate(reports):
+            names = sorted(reports[0].objects.keys() | report.objects.keys())
+            differ = [name for name in names if reports[0].objects.get(name) != report.objects.get(name)]
+            if differ:
+                raise SaveError(
+                    f"the plain values of {', '.join(differ)} differ between ranks 0 and {rank}, and a checkpoint has "
+                    "room for one: track what is the same on all ranks, or what has a key for each rank"
+                )
+
+
+def save_name(generation: int, number: int) -> str:
+    """Of a save, among those of its group."""
+    return f"save/{generation}/{number}"
+
+
+def _mapped(snapshot: Snapshot) -> memoryview:
+    """A snapshot's shard file, as it lies in memory."""
+    if snapshot.size == 0:
+        return memoryview(b"")
+    with open(snapshot.path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), snapshot.size, prot=mmap.PROT_READ))
+
+
+def _hash_items(memory: memoryview, items: str) -> bytes:
+    """The digests of the items in a shard file."""
+    return b"".join(hash_item(memory[item[1] : item[1] + item[2]]) for item in json.loads(items))
+
+
+def _write_all(sink: Sink, memory: memoryview) -> None:
+    for start in range(0, memory.nbytes, _PIECE_BYTES):
+        sink.write(memory[start : start + _PIECE_BYTES])
+
+
+def _pickled(tree: str) -> dict[str, bytes]:
+    """Copies of the plain values, for stock DCP: each padded to a length that changes as rarely as possible."""
+    placeholder = torch.empty(0, device="meta")
+    copies = {}
+    for name, (_, leaf) in flatten(decode(json.loads(tree), lambda _: placeholder)).items():
+        if not isinstance(leaf, torch.Tensor):
+            stream = io.BytesIO()
+            # The older form is one pickle after the other, which may have bytes behind it that nobody reads.
+            torch.save(leaf, stream, _use_new_zipfile_serialization=False)
+            data = stream.getvalue()
+            copies[name] = data + bytes(-(len(data) + 32) % 64 + 32)
+    return copies
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, SaveError | OSError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,131 @@
+"""`Schedule`: what is due after a step: nothing, a snapshot in memory, or a checkpoint.
+
+One rank decides and tells the others, since clocks differ. What `auto` stands for is worked out from what was measured:
+
+    snapshots   as often as they take 1% of the time
+    checkpoints at the distance that loses the least, of a save's cost and of lost work together: Daly's estimate
+                (J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", Future
+                Generation Computer Systems 22, 2006, equation 37), with the mean time between failures as given
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
+from statistics import median
+from typing import Literal
+
+from dtrain.config import Interval
+
+SHARE = 0.01
+"""Of the time that automatic snapshots may take."""
+_UNKNOWN_COST_S = 1.0
+"""What a save is taken to cost before one was measured."""
+
+
+class Action(IntEnum):
+    NOTHING = 0
+    SNAPSHOT = 1
+    SAVE = 2
+
+
+class Schedule:
+    """See above.
+
+    :param epoch_after: the epoch that the data is in after so many steps; called only for an interval of epochs.
+    :param mtbf_s: mean time between two failures, in seconds.
+    :param early: what to do with a checkpoint that is due while the one before is still being written.
+    :ivar skipped: how many checkpoints weren't made for that reason.
+    """
+
+    def __init__(
+        self,
+        save_every: Interval,
+        snapshot_every: Interval,
+        epoch_after: Callable[[int], int],
+        *,
+        mtbf_s: float,
+        early: Literal["wait", "skip"] = "wait",
+    ) -> None:
+        self._save_every = save_every
+        self._snapshot_every = snapshot_every
+        self._epoch_after = epoch_after
+        self._mtbf_s = mtbf_s
+        self._early = early
+        self._saved_at = self._snapped_at = time.monotonic()
+        self._snapped_step = -1
+        self._steps: deque[float] = deque(maxlen=20)
+        self._stalls: deque[float] = deque(maxlen=5)
+        self._cost_s = _UNKNOWN_COST_S
+        self._extra_s: float | None = None
+        self.skipped = 0
+
+    def stepped(self, seconds: float, *, saving: bool) -> None:
+        """A step was done.
+
+        :param seconds: it took, without what came after it.
+        :param saving: whether a checkpoint was being written beside it.
+        """
+        if saving:
+            usual = median(self._steps) if self._steps else seconds
+            self._extra_s = (self._extra_s or 0.0) + max(0.0, seconds - usual)
+            return
+        self._steps.append(seconds)
+        if self._extra_s is not None:
+            self._cost_s = self._extra_s + (median(self._stalls) if self._stalls else 0.0)
+            self._extra_s = None
+
+    def snapped(self, step: int, stall_s: float) -> None:
+        """A snapshot was taken. :param stall_s: how long it held up the training."""
+        self._snapped_step, self._snapped_at = step, time.monotonic()
+        self._stalls.append(stall_s)
+
+    def saved(self) -> None:
+        """A checkpoint is on its way: the clock starts again."""
+        self._saved_at = time.monotonic()
+        self._extra_s = 0.0
+
+    def due(self, step: int, *, busy: bool) -> Action:
+        """What to do after a step. :param busy: whether a checkpoint is still being written."""
+        if self._save_due(step):
+            if not busy or (self._early == "wait" and self._save_every.unit in ("steps", "epochs")):
+                return Action.SAVE
+            self.skipped += self._save_every.unit in ("steps", "epochs")
+        return Action.SNAPSHOT if self._snapshot_due(step) else Action.NOTHING
+
+    @property
+    def save_every_s(self) -> float:
+        """The distance between two checkpoints that `auto` has come to, in seconds."""
+        cost, mtbf = max(self._cost_s, 1e-3), self._mtbf_s
+        if cost >= 2 * mtbf:
+            return mtbf
+        ratio = cost / (2 * mtbf)
+        return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+
+    @property
+    def snapshot_every_steps(self) -> int:
+        """The distance between two snapshots that `auto` has come to, in steps."""
+        if not self._stalls or not self._steps:
+            return 1
+        return max(1, math.ceil(min(self._stalls) / (SHARE * max(median(self._steps), 1e-9))))
+
+    def _save_due(self, step: int) -> bool:
+        every = self._save_every
+        if every.unit == "steps":
+            return step % int(every.amount) == 0
+        if every.unit == "epochs":
+            length = int(every.amount)
+            return self._epoch_after(step) // length > self._epoch_after(step - 1) // length
+        seconds = every.amount if every.unit == "seconds" else self.save_every_s
+        return time.monotonic() - self._saved_at >= seconds
+
+    def _snapshot_due(self, step: int) -> bool:
+        every = self._snapshot_every
+        if every.unit == "steps":
+            return step % int(every.amount) == 0
+        if every.unit == "seconds":
+            return time.monotonic() - self._snapped_at >= every.amount
+        return step - self._snapped_step >= self.snapshot_every_steps

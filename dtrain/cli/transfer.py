@@ -1,0 +1,253 @@
+"""`dtrain checkpoint verify | export | import`: what reads all of a checkpoint. Used through `checkpoint`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dtrain.checkpoint.adopt import adopt
+from dtrain.checkpoint.interchange import SHARD_BYTES, export_weights
+from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.sources import Source, open_source
+from dtrain.checkpoint.tree import dtype_named
+from dtrain.checkpoint.verify import size_of, verify, verify_log
+from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
+from dtrain.errors import ConfigError, NoGoodCheckpoint
+from dtrain.storage.local import LocalStorage
+
+RunArg = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The run folder.")]
+_GB = 1_000_000_000
+
+
+def open_run(folder: Path) -> tuple[LocalStorage, Log]:
+    """:raises ConfigError: it is no run folder."""
+    if not (folder / FOLDER).is_dir():
+        what = "doesn't exist" if not folder.exists() else f"is no run folder: it has no {FOLDER}/ in it"
+        raise ConfigError(f"{folder} {what}; give the `dir` of a run")
+    storage = LocalStorage(str(folder))
+    log = Log(storage)
+    log.refresh()
+    return storage, log
+
+
+def commit_at(folder: Path, log: Log, step: int | None) -> Entry:
+    """The newest commit of a step, whether good or bad; without a step, the newest good one.
+
+    :raises ConfigError: there is none of this step.
+    :raises NoGoodCheckpoint: there is none at all.
+    """
+    there = [*log.commits()]
+    if step is not None:
+        bad = {entry.attempt for entry in log.bad()}
+        there = [e for e in log.entries if e.kind == "commit" and (e.attempt in bad or e in there)]
+        known = ", ".join(str(known) for known in sorted({entry.step for entry in there})) or "none"
+        deleted = any(e.kind == "retire" and e.step == step for e in log.entries)
+        there = [entry for entry in there if entry.step == step]
+        if not there:
+            what = f"deleted its checkpoint of step {step}" if deleted else f"has no checkpoint of step {step}"
+            raise ConfigError(f"{folder} {what}; there are: {known}")
+    if not there:
+        raise NoGoodCheckpoint(f"{folder} has no good checkpoint")
+    return there[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read every byte of a checkpoint and of the log, and name each that isn't as it was saved.
+
+    The exit code is 1 if there is any.
+    """
+
+    folder: RunArg
+
+    step: int | None = None
+    """Which checkpoint. By default the newest good one."""
+
+    all: bool = False
+    """All checkpoints, also those known to be bad."""
+
+    json: bool = False
+    """Print JSON: {checkpoints: [{step, attempt, bytes, seconds, deleted, faults}], log: [fault]}. A fault is
+    {file, start, stop, name, what}, with the range of bytes and the tensor's name."""
+
+    def run(self) -> int:
+        if self.all and self.step is not None:
+            raise ConfigError(f"--all and --step {self.step} together: give one of them")
+        storage, log = open_run(self.folder)
+        faults = verify_log(storage, log)
+        wanted: list[Entry] = []
+        if self.all:
+            whole = {entry.attempt for entry in (*log.commits(), *log.bad())}
+            wanted = [entry for entry in log.entries if entry.kind == "commit" and entry.attempt in whole]
+        elif self.step is not None or log.commits() or not faults:
+            wanted = [commit_at(self.folder, log, self.step)]
+        found: list[dict[str, Any]] = []
+        with bar("verify", sum(size_of(storage, entry) for entry in wanted)) as progress:
+            for entry in wanted:
+                verdict = verify(storage, log, entry, progress.update)
+                found.append({"step": entry.step, "attempt": entry.attempt, **_fields(verdict)})
+                if not self.json:
+                    progress.clear()
+                    _tell(entry, found[-1])
+        if self.json:
+            print_json({"checkpoints": found, "log": [_fields(fault) for fault in faults]})
+        else:
+            print(f"log: {'good' if not faults else plural(len(faults), 'fault')}, {len(log.entries):,} entries")
+            for fault in faults:
+                _tell_fault(_fields(fault))
+        return int(bool(faults) or any(row["faults"] for row in found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint's weights in a form that other programs read.
+
+    Every byte is checked on the way, and the memory that it takes doesn't depend on the size of the model. What is
+    written appears when it is whole.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """A run folder, or whatever `import` takes."""
+
+    destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESTINATION")]
+    """Its name tells the form: NAME.safetensors, or NAME.pt for torch.load, or a folder, which gets
+    model.safetensors, in several files with an index if it is large."""
+
+    step: int | None = None
+    """Which checkpoint of a run. By default the newest good one."""
+
+    object: str = "model"
+    """The name that the run tracks the model by. Its tensors are written without it."""
+
+    all: bool = False
+    """Write all of the state, each tensor with its object's name."""
+
+    shard_gb: float = SHARD_BYTES / _GB
+    """The most that a file in a folder holds, in GB (10⁹ bytes)."""
+
+    force: bool = False
+    """Replace what an earlier export has written there."""
+
+    json: bool = False
+    """Print JSON: {files, tensors, bytes, left_out, converted}."""
+
+    def run(self) -> int:
+        if self.shard_gb <= 0:
+            raise ConfigError(f"--shard-gb {self.shard_gb}: give a size above 0")
+        source = open_source(self.source, step=self.step, name=self.object)
+        started = time.monotonic()
+        with bar("export", _bytes_of(source, "" if self.all else self.object)) as progress:
+            done = export_weights(
+                source,
+                self.destination,
+                name=None if self.all else self.object,
+                shard_bytes=int(self.shard_gb * _GB),
+                force=self.force,
+                progress=progress.update,
+            )
+        if self.json:
+            print_json(_fields(done) | {"files": [str(file) for file in done.files]})
+            return 0
+        print(
+            f"{plural(done.tensors, 'tensor')}, {_speed(done.bytes, time.monotonic() - started)}, from {source.place}"
+        )
+        for file in done.files:
+            print(file)
+        if done.left_out:
+            print(f"left out, since safetensors holds tensors only: {_some(done.left_out)}")
+        if done.converted:
+            print(f"numpy values written as tensors and numbers: {_some(done.converted)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make a run folder whose checkpoint of step 0 is somebody else's weights, with digests from then on.
+
+    The source is safetensors (a file, its folder, or the index of several), a file of torch.save, a folder that stock
+    torch.distributed.checkpoint has saved, or a run folder. Nothing in it is run: what needs more than tensors and
+    plain values is refused by name.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Where the weights are."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run folder to make."""
+
+    object: str = "model"
+    """The name that the run tracks its model by."""
+
+    key: str = ""
+    """Where in the source the weights are, such as 'state_dict' or 'checkpoint.model'."""
+
+    step: int | None = None
+    """Which checkpoint, if the source is a run folder."""
+
+    json: bool = False
+    """Print JSON: {folder, bytes}."""
+
+    def run(self) -> int:
+        source = open_source(self.source, step=self.step, name=self.key or self.object)
+        started = time.monotonic()
+        size = _bytes_of(source, self.key or self.object)
+        with bar("import", size) as progress:
+            folder = adopt(source, self.folder, name=self.object, key=self.key, progress=progress.update)
+        if self.json:
+            print_json({"folder": folder, "bytes": size})
+        else:
+            print(f"{self.folder}/{folder}: {_speed(size, time.monotonic() - started)}, from {source.place}")
+        return 0
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Of a dataclass, with its faults as dicts too."""
+    fields = dict(vars(value))
+    if "faults" in fields:
+        fields["faults"] = [_fields(fault) for fault in fields["faults"]]
+    return fields
+
+
+def _bytes_of(source: Source, name: str) -> int:
+    return sum(
+        dtype_named(item.dtype).itemsize * _count(item.shape)
+        for key, item in source.manifest.tensors.items()
+        if not name or key.startswith(f"{name}.")
+    )
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _tell(entry: Entry, row: dict[str, Any]) -> None:
+    if row["deleted"]:
+        print(f"step {entry.step}: the run has deleted it in the meantime")
+        return
+    state = "good" if not row["faults"] else plural(len(row["faults"]), "fault")
+    print(f"step {entry.step}: {state}, {_speed(row['bytes'], row['seconds'])}")
+    for fault in row["faults"]:
+        _tell_fault(fault)
+
+
+def _tell_fault(fault: dict[str, Any]) -> None:
+    where = f", bytes {fault['start']} to {fault['stop']}" if fault["stop"] > fault["start"] else ""
+    print(f"  {fault['file']}{where}")
+    print(f"    {fault['what']}{': ' if fault['name'] else ''}{fault['name']}")
+
+
+def _speed(size: int, seconds: float) -> str:
+    return f"{size_text(size)} in {seconds:.1f} s ({size / _GB / max(seconds, 1e-9):.2f} GB/s)"
+
+
+def _some(names: list[str]) -> str:
+    text = ", ".join(names)
+    room = width()
+    return text if room is None else shortened(text, 2 * room)
