@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ import torch
 import torch.distributed as dist
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.channel import Direct
+from dtrain.checkpoint.channel import Client, Direct, Remote, send, serve
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.manager import Manager, Restored
 from dtrain.checkpoint.saver import Saver as WritingSaver
 from dtrain.checkpoint.snapshot import Slots, Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.config import Config
+from dtrain.elastic.process import Child, fork
 from dtrain.observe.events import EVENTS, Events, read_lines
 from dtrain.storage.local import LocalStorage
 
@@ -56,11 +58,14 @@ class Saver:
         )
 
         self.saver = WritingSaver.of(config, connection(), rank, world_size, self.slots)
-        self.manager = Manager(storage, Direct(self.saver, self.slots.board), self.slots, snapshots, events)
+        self.manager = Manager(storage, self._client(), self.slots, snapshots, events)
         self.catalog = self.saver._catalog
         self.manager.claim()
         self.state = State()
         self.state.track(objects)
+
+    def _client(self) -> Client:
+        return Direct(self.saver, self.slots.board)
 
     def save(self, step: int, metrics: dict[str, float] | None = None) -> None:
         self.manager.save(self.state, step, {"step": step}, metrics)
@@ -68,6 +73,36 @@ class Saver:
 
     def restore(self) -> Restored | None:
         return self.manager.restore(self.state)
+
+
+class Background(Saver):
+    """The same with a process for each saver, which can be stopped, killed and replaced."""
+
+    def _client(self) -> Client:
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.process = self._fork()
+        return Remote(self._ours, self.slots.board, 0)
+
+    def _fork(self) -> Child:
+        def work() -> int:
+            serve(self._theirs, self.saver, self.slots.board)
+            return 0
+
+        return fork(work)
+
+    def replace(self) -> None:
+        """Kill the process, and put another one in its place, as a supervisor does."""
+        self.process.kill()
+        self.process = self._fork()
+
+    def begin(self, step: int) -> None:
+        """Have a step saved, and don't wait for it."""
+        self.manager.save(self.state, step, {"step": step})
+
+    def end(self) -> int:
+        """Let the process finish what it is at. :returns: its exit code."""
+        send(self._ours, do="end")
+        return self.process.wait()
 
 
 def connection() -> Callable[[], dist.Store]:

@@ -34,6 +34,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", default="2")
+    parser.add_argument("--snapshot-every", default="auto")
     parser.add_argument("--option", nargs=2, default=())
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--first-sample", type=float, default=0.0)
@@ -85,6 +86,7 @@ if __name__ == "__main__":
         "micro_batch": args.micro_batch,
         "seed": args.seed,
         "save_every": args.save_every,
+        "snapshot_every": args.snapshot_every,
     }
     options |= dict([args.option]) if args.option else {}
     try:

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from dtrain.checkpoint import load
+from dtrain.errors import SaveError
+from tests.saving import Background, Kept, bits, commits, log_of, restore
 from tests.stock import filled, still, stock_load
-from tests.world import alone
+from tests.world import alone, in_world
 
 
 class WaitsAt(dcp.DefaultSavePlanner):
@@ -58,14 +62,35 @@ def test_a_second_save_before_the_first_is_written_mixes_two_steps_in_stock(tmp_
     still(found != {"a": [1.0], "b": [1.0]}, "a stager's buffers are written over while a save still reads them")
 
 
-@pytest.mark.skip(reason="saves in the background are not there yet")
-def test_a_second_save_before_the_first_is_written_waits_or_takes_other_memory_in_dtrain(tmp_path: Path) -> None:
-    """Step 1 is held up after its first tensor; meanwhile the state changes and step 2 is saved.
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_second_save_before_the_first_is_written_waits_and_mixes_nothing_in_dtrain(
+    tmp_path: Path, world: int
+) -> None:
+    """Step 1's writers are stopped while the state changes, snapshots are taken of it, and a save is asked for."""
 
-    What must hold: either call of save returns without an error; when both are committed, step 1 restores to all bits
-    of step 1 and step 2 to all bits of step 2, with one rank and with three. A step that is given up because the one
-    before is still being written must be missing in the log, never mixed, and a warning must say so.
-    """
+    def work(rank: int) -> dict[int, list[list[float]]]:
+        kept = Kept({"a": filled(1.0), "b": filled(1.0)})
+        saver = Background(tmp_path, kept=kept)
+        os.kill(saver.process.pid, signal.SIGSTOP)
+        saver.begin(1)
+        for value in (2.0, 3.0):
+            for tensor in kept.value.values():
+                tensor.fill_(value)
+            saver.manager.snapshot(saver.state, int(value), {"step": int(value)})
+        assert commits(tmp_path) == []
+        os.kill(saver.process.pid, signal.SIGCONT)
+        saver.begin(3)
+        saver.manager.wait()
+        assert saver.end() == 0
+        dist.barrier()
+        found = {}
+        for entry in log_of(tmp_path).commits():
+            load(tmp_path, {"kept": (again := Kept())}, step=entry.step)
+            found[entry.step] = [tensor.unique().tolist() for tensor in again.value.values()]
+        return found
+
+    for found in in_world(world, work):
+        assert found == {1: [[1.0], [1.0]], 3: [[3.0], [3.0]]}
 
 
 def test_a_process_for_saving_that_died_is_never_started_again_by_stock(tmp_path: Path) -> None:
@@ -105,11 +130,30 @@ def test_a_process_for_saving_that_died_is_never_started_again_by_stock(tmp_path
     still("saved" not in others, "a background process that died fails every save from then on")
 
 
-@pytest.mark.skip(reason="saves in the background are not there yet")
-def test_a_process_for_saving_that_died_is_started_again_by_dtrain(tmp_path: Path) -> None:
-    """The background process of one of two ranks is killed by SIGKILL: once while idle, then in the middle of a write.
+def test_a_process_for_saving_that_died_is_replaced_in_dtrain_and_its_save_fails_on_all_ranks(tmp_path: Path) -> None:
+    """It is killed while it has nothing to do, and while it writes; each time the generation goes on."""
 
-    What must hold: killed while idle, the next save succeeds. Killed while it writes, that save fails on all ranks with
-    an error that names the rank, and leaves no commit; the next one succeeds, in the same generation, by another
-    process, and restores to all its bits. After the trainers' end no process is left.
-    """
+    def work(rank: int) -> list[str]:
+        kept = Kept({"a": filled(1.0), "b": filled(1.0)})
+        saver = Background(tmp_path, kept=kept)
+        if rank == 1:
+            saver.replace()
+        saver.save(1)
+        if rank == 1:
+            os.kill(saver.process.pid, signal.SIGSTOP)
+        saver.begin(2)
+        if rank == 1:
+            saver.replace()
+        with pytest.raises(SaveError) as found:
+            saver.manager.wait()
+        dist.barrier()
+        assert commits(tmp_path) == [1]
+        saver.save(3)
+        dist.barrier()
+        assert commits(tmp_path) == [1, 3]
+        assert saver.end() == 0
+        return [str(found.value)]
+
+    for messages in in_world(2, work):
+        assert "the saver of rank 1 died while it saved" in messages[0]
+    assert alone(lambda: restore(tmp_path, kept=(again := Kept())) and bits(again.value["b"])) == bits(filled(1.0))

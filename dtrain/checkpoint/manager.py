@@ -22,7 +22,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
 from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest, Part
 from dtrain.checkpoint.log import Log
-from dtrain.checkpoint.reader import Reader
+from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
@@ -215,21 +215,6 @@ class _Memory:
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         place = Path(self._files[path])
         LocalStorage(str(place.parent)).read_into(place.name, offset, buffers)
-
-
-def load_tensors(storage: Any, folder: str, manifest: Manifest, targets: dict[str, torch.Tensor]) -> None:
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        dcp.load(
-            dict(targets),
-            storage_reader=Reader(storage, folder, manifest),
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=True,
-        )
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
 
 
 def from_rank_0(work: Callable[[], T]) -> T:

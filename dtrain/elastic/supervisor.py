@@ -282,7 +282,8 @@ class Supervisor:
         first = outcome.rank == self._placement.rank
         why = f"rank {outcome.rank} failed: {outcome.cause}"
         if outcome.stalled >= self._config.max_stalled:
-            why = f"no progress in {outcome.stalled} generations; the last time {why}"
+            what = "checkpoint" if outcome.cause.startswith(SaveError.__name__) else "step"
+            why = f"no new {what} in {outcome.stalled} generations; the last time {why}"
         if first:
             say(f"stopped{' before' if again else ''}: {why}")
             if outcome.trace and outcome.trace not in why and not again:
