@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,28 @@ def test_a_file_that_ends_early_or_is_gone_is_named(large: Path, tmp_path: Path)
     (folder / chunk.file).unlink()
     with pytest.raises(Damaged, match=f"{chunk.file}: .*No such file"):
         read_slice(folder, 0, 16)
+
+
+def test_chunks_that_leave_something_out_are_found(large: Path) -> None:
+    manifest = manifest_of(large)
+    item = manifest.tensors["large"]
+    half = item.chunks[0]._replace(sizes=[LARGE // 2])
+    manifest.tensors["large"] = replace(item, chunks=[half])
+    with pytest.raises(Damaged, match=f"the chunks of large leave out {LARGE // 2} of the elements"):
+        load_tensors(LocalStorage(str(large)), ".", manifest, {"large": torch.zeros(LARGE)})
+
+
+def test_elements_of_different_sizes_without_a_gap_between_them_find_their_places(tmp_path: Path) -> None:
+    """As other programs write them: nothing is aligned. Targets with gaps, so that all of it is copied."""
+    flags, values = torch.tensor([True, False, True]), numbers(4)
+    (tmp_path / "file").write_bytes(bits(flags) + bits(values))
+    targets = [torch.zeros(3, 2, dtype=torch.bool), torch.zeros(4, 2)]
+    wants = [
+        Want("flags", Chunk("file", 0, 3, b"", 0, [0], [3]), torch.bool, [0], targets[0][:, 1]),
+        Want("values", Chunk("file", 3, 16, b"", 0, [0], [4]), torch.float32, [0], targets[1][:, 1]),
+    ]
+    assert read_blocks(LocalStorage(str(tmp_path)), ".", wants, BLOCK_BYTES) == 19
+    assert (targets[0][:, 1].tolist(), targets[1][:, 1].tolist()) == (flags.tolist(), values.tolist())
 
 
 # Models
@@ -355,6 +378,15 @@ def test_with_all_allowed_what_fits_is_loaded_and_converted_and_the_rest_stays(r
     now = {name: bits(tensor) for name, tensor in model.state_dict().items()}
     expected = before | {"encoder.bias": bits(made(2)["model"].encoder.bias.double())}
     assert now == expected
+
+
+def test_what_is_not_chosen_may_differ(run: Path) -> None:
+    model = other_model()
+    assert load(run, {"model": model}, only="model.encoder.bias", allow_retyped="*.bias").tensors == (
+        "model.encoder.bias",
+    )
+    skip = ["model.extra.*", "model.head.*", "model.encoder.weight"]
+    assert load(run, {"model": model}, skip=skip, allow_retyped="*").tensors == ("model.encoder.bias",)
 
 
 def test_an_optimizer_follows_the_model_it_is_of(run: Path) -> None:

@@ -1,9 +1,7 @@
 """What stock DCP saved, described as a manifest, without running anything that is in it.
 
-DCP's index `.metadata` is a pickle, and so is every item. A pickle is a program: here it may make records, tuples and
-tensor types, and nothing else. No class is imported for it; whatever it names beside the few that such an index is made
-of is an error that tells the name. The items' own frames are read in the same way, only to see where the bytes lie; a
-plain value is read by `torch.load(weights_only=True)`, or refused.
+DCP's index `.metadata` is a pickle, and so is every item: see `records` for how they are read. A plain value is read by
+`torch.load(weights_only=True)`, or refused.
 
 The bytes have no digests, since stock DCP takes none: what was damaged there can't be told from what was saved.
 """
@@ -13,23 +11,21 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import re
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
 from dtrain.checkpoint.format import METADATA, Chunk, Manifest, TensorItem
 from dtrain.checkpoint.layout import bytes_of, plain
+from dtrain.checkpoint.records import BROKEN, Record, Records, load_plain, payload_of
 from dtrain.checkpoint.tree import Tree, dtype_name, encode
 from dtrain.errors import StateError
 from dtrain.storage.base import Storage
 from dtrain.storage.local import LocalStorage
 
-_METADATA_CLASSES = {
+_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -48,12 +44,6 @@ _METADATA_CLASSES = {
     "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath"},
 }
-_FRAME_CLASSES = {
-    "torch._utils": {"_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"},
-    "torch.storage": {"UntypedStorage"},
-}
-_BROKEN = (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError)
-"""What a pickle that is no index, or only part of one, ends with."""
 
 
 class Made(LocalStorage):
@@ -100,8 +90,8 @@ def read_stock(root: str) -> tuple[Storage, Manifest, dict[str, str]]:
     storage = Made(root)
     place = f"{root}/{METADATA}"
     try:
-        index = _Records(io.BytesIO(storage.read(METADATA)), place, _METADATA_CLASSES).load()
-        entries: dict[str, _Record] = index["state_dict_metadata"]
+        index = Records(io.BytesIO(storage.read(METADATA)), place, _CLASSES).load()
+        entries: dict[str, Record] = index["state_dict_metadata"]
         places = {(key["fqn"], key.state.get("offset")): info for key, info in index["storage_data"].items()}
         paths: dict[str, tuple[str | int, ...]] = index["planner_data"] or {}
         files = {file: storage.size(file) for file in sorted({_file(info, place) for info in places.values()})}
@@ -118,8 +108,8 @@ def read_stock(root: str) -> tuple[Storage, Manifest, dict[str, str]]:
                 try:
                     leaves.append((path, _value(storage, places[name, None], files)))
                 except pickle.UnpicklingError as error:
-                    refused[dotted] = why_refused(error)
-    except _BROKEN as error:
+                    refused[dotted] = str(error)
+    except BROKEN as error:
         raise StateError(f"{place} is no index of DCP that can be read ({type(error).__name__}: {error})") from error
     except FileNotFoundError as error:
         raise StateError(f"{root}: a file of the checkpoint is missing ({error.filename})") from error
@@ -130,56 +120,7 @@ def read_stock(root: str) -> tuple[Storage, Manifest, dict[str, str]]:
     return storage, manifest, refused
 
 
-class _Record:
-    """What a pickle made instead of an object of a class."""
-
-    name = ""
-    args: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __getitem__(self, key: str) -> Any:
-        return self.state[key]
-
-
-class _Records(pickle.Unpickler):
-    """Unpickles records.
-
-    :param place: of the pickle, for messages.
-    :param classes: what it may name, by module.
-    """
-
-    def __init__(self, file: IO[bytes], place: str, classes: dict[str, set[str]]) -> None:
-        super().__init__(file)
-        self._place = place
-        self._classes = classes
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        if module == "torch" and name.endswith("Storage") and isinstance(found, type):
-            return getattr(found, "dtype", None)
-        if name in self._classes.get(module, ()):
-            return type(name, (_Record,), {"name": name})
-        raise StateError(
-            f"{self._place} asks for {module}.{name}, which no checkpoint of tensors needs; it is not opened, since "
-            "that could run code. Save it anew with tensors and plain values only"
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-
-def _file(info: _Record, place: str) -> str:
+def _file(info: Record, place: str) -> str:
     file = info["relative_path"]
     parts = PurePosixPath(file)
     if parts.is_absolute() or ".." in parts.parts or parts.name in ("", METADATA):
@@ -195,8 +136,8 @@ def _file(info: _Record, place: str) -> str:
 def _tensor(
     storage: Made,
     name: str,
-    entry: _Record,
-    places: dict[tuple[str, Any], _Record],
+    entry: Record,
+    places: dict[tuple[str, Any], Record],
     files: dict[str, int],
 ) -> TensorItem:
     dtype, layout = entry["properties"].state[:2]
@@ -210,7 +151,7 @@ def _tensor(
             raise ValueError(f"{name} of shape {shape} has no box of {sizes} at {offsets}")
         info = places.get((name, tuple(offsets))) or places[name, None]
         file, offset, length = _range(info, files)
-        payload = _payload(storage, file, offset, length, dtype, sizes)
+        payload = payload_of(storage, file, offset, length, dtype, sizes)
         if payload is not None:
             item.chunks.append(Chunk(file, offset, length, b"", payload, offsets, sizes))
         else:
@@ -226,7 +167,7 @@ def _numbers(values: Any) -> list[int]:
     return numbers
 
 
-def _range(info: _Record, files: dict[str, int]) -> tuple[str, int, int]:
+def _range(info: Record, files: dict[str, int]) -> tuple[str, int, int]:
     file = str(PurePosixPath(info["relative_path"]))
     offset, length = _numbers((info["offset"], info["length"]))
     if offset + length > files[file]:
@@ -234,16 +175,16 @@ def _range(info: _Record, files: dict[str, int]) -> tuple[str, int, int]:
     return file, offset, length
 
 
-def _read(storage: Storage, info: _Record, files: dict[str, int]) -> io.BytesIO:
+def _read(storage: Storage, info: Record, files: dict[str, int]) -> io.BytesIO:
     file, offset, length = _range(info, files)
     data = bytearray(length)
     storage.read_into(file, offset, [memoryview(data)])
     return io.BytesIO(data)
 
 
-def _value(storage: Storage, info: _Record, files: dict[str, int]) -> Tree:
+def _value(storage: Storage, info: Record, files: dict[str, int]) -> Tree:
     """:raises pickle.UnpicklingError: it could only be read by running code."""
-    value = torch.load(_read(storage, info, files), weights_only=True, map_location="cpu")
+    value = load_plain(_read(storage, info, files))
     try:
         encode(value)
     except StateError as error:
@@ -252,63 +193,20 @@ def _value(storage: Storage, info: _Record, files: dict[str, int]) -> Tree:
 
 
 def _loader(
-    storage: Storage, name: str, info: _Record, files: dict[str, int], dtype: torch.dtype, sizes: list[int]
+    storage: Storage, name: str, info: Record, files: dict[str, int], dtype: torch.dtype, sizes: list[int]
 ) -> Callable[[], torch.Tensor]:
     """For a tensor whose bytes don't lie in a row in the file, such as a transposed one."""
 
     def load() -> torch.Tensor:
         try:
-            tensor = torch.load(_read(storage, info, files), weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise StateError(f"{name}: can't be read without running code ({why_refused(error)})") from error
+            tensor = load_plain(_read(storage, info, files))
+        except pickle.UnpicklingError as error:
+            raise StateError(f"{name}: can't be read without running code ({error})") from error
         if not isinstance(tensor, torch.Tensor) or (tensor.dtype, list(tensor.shape)) != (dtype, sizes):
             raise StateError(f"{name}: the index tells of {dtype} {sizes}, and the file holds something else")
         return tensor
 
     return load
-
-
-def _payload(storage: Storage, file: str, offset: int, length: int, dtype: torch.dtype, sizes: list[int]) -> int | None:
-    """Where a tensor's bytes begin in its frame; None if they don't lie there in a row, in this machine's order."""
-    window = _Window(storage, file, offset, length)
-    try:
-        with zipfile.ZipFile(cast(IO[bytes], window)) as frame:
-            records = {info.filename.partition("/")[2]: info for info in frame.infolist()}
-            saved = _Records(io.BytesIO(frame.read(records["data.pkl"])), f"{file}, byte {offset}", _FRAME_CLASSES)
-            tensor = saved.load()
-            if "byteorder" in records and frame.read(records["byteorder"]) != b"little":
-                return None
-        (_, kind, key, *_), start, size, strides, *more = tensor.args
-        if tensor.name == "_rebuild_tensor_v2":
-            found, flags = kind, more[2:]
-        else:
-            found, flags = more[2], more[3:]
-        record = records[f"data/{key}"]
-        header = window.at(record.header_offset, 30)
-    except (zipfile.BadZipFile, StateError, *_BROKEN):
-        return None
-    payload = record.header_offset + 30 + int.from_bytes(header[26:28], "little")
-    payload += int.from_bytes(header[28:30], "little")
-    size_bytes = math.prod(sizes) * dtype.itemsize
-    if (
-        any(flags)
-        or (found, start, list(size)) != (dtype, 0, sizes)
-        or not _in_a_row(size, strides)
-        or record.compress_type != zipfile.ZIP_STORED
-        or record.file_size != size_bytes
-        or payload + size_bytes > length
-    ):
-        return None
-    return payload
-
-
-def _in_a_row(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    step = 1
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != step:
-            return 0 in sizes
-        step *= size
-    return True
 
 
 def _nested(leaves: list[tuple[tuple[str | int, ...], Any]]) -> Tree:
@@ -332,47 +230,3 @@ def _nested(leaves: list[tuple[tuple[str | int, ...], Any]]) -> Tree:
 
 class _Branch(dict[str | int, Any]):
     """Tells the tree's own dicts from those that are values."""
-
-
-def why_refused(error: BaseException) -> str:
-    """What torch didn't like, in short: its messages go on with advice to run the code all the same."""
-    text = str(error)
-    if named := re.search(r"GLOBAL (\S+)", text):
-        return f"it asks for {named[1]}"
-    _, found, reason = text.partition("WeightsUnpickler error: ")
-    return (reason if found else text).strip().partition("\n")[0]
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, storage: Storage, file: str, offset: int, length: int) -> None:
-        self._storage = storage
-        self._file = file
-        self._offset = offset
-        self._length = length
-        self._at = 0
-
-    def at(self, offset: int, length: int) -> bytes:
-        data = bytearray(max(0, min(length, self._length - offset)))
-        if data:
-            self._storage.read_into(self._file, self._offset + offset, [memoryview(data)])
-        return bytes(data)
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = self.at(self._at, self._length if size is None or size < 0 else size)
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True

@@ -23,10 +23,11 @@ from typing import Any, Literal
 import torch
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.foreign import Made, read_stock, why_refused
+from dtrain.checkpoint.foreign import Made, read_stock
 from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, TensorItem, hash_item
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.reader import read_manifest
+from dtrain.checkpoint.records import load_plain
 from dtrain.checkpoint.state import RUN
 from dtrain.checkpoint.tree import Tree, dtype_name, dtype_named, encode, flatten
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
@@ -284,10 +285,10 @@ def _of_torch_save(path: Path, name: str) -> Source:
     try:
         with path.open("rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"  # the form before torch 1.6 can't be mapped
-        tree = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        tree = load_plain(path, mmap=mapped)
+    except pickle.UnpicklingError as error:
         raise StateError(
-            f"{path} is no file of torch.save that can be read without running code ({why_refused(error)}); save it "
+            f"{path} is no file of torch.save that can be read without running code ({error}); save it "
             "anew with tensors and plain values only"
         ) from error
     if not isinstance(tree, Mapping):

@@ -27,7 +27,7 @@ from dtrain.checkpoint.sources import tensor_names
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
-from dtrain.cli.transfer import Export, Import, RunArg, Verify, commit_at, open_run
+from dtrain.cli.transfer import Export, Import, RunArg, Verify, commit_at, open_run, still_there
 from dtrain.errors import Damaged
 from dtrain.storage.local import LocalStorage
 
@@ -153,7 +153,7 @@ class Show:
     def run(self) -> int:
         storage, log = open_run(self.folder)
         commit = commit_at(self.folder, log, self.step)
-        _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
+        manifest = _manifest(storage, commit)
         tensors = [t for t in _tensors(manifest) if fnmatch.fnmatchcase(t["name"], self.tensors or "*")]
         values = {k: v for k, v in plain_values(manifest).items() if fnmatch.fnmatchcase(k, self.values or "*")}
         objects, files = list(_objects(manifest)), list(_files(manifest))
@@ -243,12 +243,8 @@ class Diff:
 
     def run(self) -> int:
         storage, log = open_run(self.folder)
-        manifests = []
-        for step in (self.old, self.new):
-            commit = commit_at(self.folder, log, step)
-            folder = f"{CHECKPOINTS}/{commit.attempt}"
-            manifests.append(read_manifest(storage, folder, MANIFEST, commit.manifest)[1])
-        found = compare(*manifests)
+        old, new = (_manifest(storage, commit_at(self.folder, log, step)) for step in (self.old, self.new))
+        found = compare(old, new)
         if self.json:
             print_json(asdict(found))
             return int(bool(found))
@@ -287,6 +283,13 @@ def state_of(log: Log, commit: Entry) -> tuple[str, str]:
     if "retire" in marks:
         return "retired", ""
     return ("bad", marks["bad"]) if "bad" in marks else ("good", "")
+
+
+def _manifest(storage: LocalStorage, commit: Entry) -> Manifest:
+    """:raises Damaged: it isn't the one that was committed, or a file is missing or has another size."""
+    folder = f"{CHECKPOINTS}/{commit.attempt}"
+    with still_there(storage, folder):
+        return read_manifest(storage, folder, MANIFEST, commit.manifest)[1]
 
 
 def _tensors(manifest: Manifest) -> Iterator[dict[str, Any]]:

@@ -72,10 +72,11 @@ def size_text(count: int) -> str:
 
 
 def age_text(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length or (unit == "min" and seconds >= length):
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
+    """In whole units, of which there are two at least, but for the first minute."""
+    for unit, length, least in (("d", 86400, 2), ("h", 3600, 2), ("min", 60, 1)):
+        if seconds >= least * length:
+            return f"{int(seconds / length)} {unit}"
+    return f"{max(0, int(seconds))} s"
 
 
 def local_time(time_s: float) -> str:

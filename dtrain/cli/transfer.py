@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +12,15 @@ from typing import Annotated, Any
 import tyro
 
 from dtrain.checkpoint.adopt import adopt
+from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.interchange import SHARD_BYTES, export_weights
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
-from dtrain.errors import ConfigError, NoGoodCheckpoint
+from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
+from dtrain.storage.base import Storage
 from dtrain.storage.local import LocalStorage
 
 RunArg = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The run folder.")]
@@ -53,6 +57,26 @@ def commit_at(folder: Path, log: Log, step: int | None) -> Entry:
     if not there:
         raise NoGoodCheckpoint(f"{folder} has no good checkpoint")
     return there[-1]
+
+
+@contextlib.contextmanager
+def still_there(storage: Storage, folder: str) -> Iterator[None]:
+    """Tells a checkpoint that its run has deleted while it was read from one that is damaged.
+
+    :param folder: the checkpoint's, in the storage.
+    :raises ConfigError: it is deleted.
+    """
+    try:
+        yield
+    except Damaged as error:
+        log = Log(storage)
+        log.refresh()
+        for entry in log.entries:
+            if entry.kind == "retire" and folder == f"{CHECKPOINTS}/{entry.attempt}":
+                raise ConfigError(
+                    f"{storage.root}: the run has deleted step {entry.step} while it was read; ask for a newer one"
+                ) from error
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +164,8 @@ class Export:
             raise ConfigError(f"--shard-gb {self.shard_gb}: give a size above 0")
         source = open_source(self.source, step=self.step, name=self.object)
         started = time.monotonic()
-        with bar("export", _bytes_of(source, "" if self.all else self.object)) as progress:
+        size = _bytes_of(source, "" if self.all else self.object)
+        with still_there(source.storage, source.folder), bar("export", size) as progress:
             done = export_weights(
                 source,
                 self.destination,
@@ -195,7 +220,7 @@ class Import:
         source = open_source(self.source, step=self.step, name=self.key or self.object)
         started = time.monotonic()
         size = _bytes_of(source, self.key or self.object)
-        with bar("import", size) as progress:
+        with still_there(source.storage, source.folder), bar("import", size) as progress:
             folder = adopt(source, self.folder, name=self.object, key=self.key, progress=progress.update)
         if self.json:
             print_json({"folder": folder, "bytes": size})

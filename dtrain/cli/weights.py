@@ -11,7 +11,7 @@ import torch
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.checkpoint.log import Log
-from dtrain.checkpoint.reader import read_manifest, read_piece
+from dtrain.checkpoint.reader import load_tensors, read_manifest
 from dtrain.checkpoint.tree import dtype_name, dtype_named
 from dtrain.errors import NoGoodCheckpoint
 from dtrain.storage.local import LocalStorage
@@ -31,16 +31,10 @@ def last_tensors(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
     commit = log.commits()[-1]
     folder = f"{CHECKPOINTS}/{commit.attempt}"
     _, manifest = read_manifest(storage, folder, MANIFEST, commit.manifest)
-    tensors = {}
-    for name, item in sorted(manifest.tensors.items()):
-        tensors[name] = whole = torch.empty(item.shape, dtype=dtype_named(item.dtype))
-        for chunk in item.chunks:
-            part = torch.empty(chunk.sizes, dtype=whole.dtype)
-            read_piece(storage, folder, chunk, manifest, part)
-            box = whole
-            for dim, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                box = box.narrow(dim, start, length)
-            box.copy_(part)
+    tensors = {
+        name: torch.empty(item.shape, dtype=dtype_named(item.dtype)) for name, item in sorted(manifest.tensors.items())
+    }
+    load_tensors(storage, folder, manifest, tensors)
     return commit.step, tensors
 
 

@@ -1,0 +1,421 @@
+"""`dtrain checkpoint`: what its commands print, find and delete, and with which exit code they end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.checkpoint.catalog import CHECKPOINTS
+from dtrain.checkpoint.format import MANIFEST, METADATA
+from dtrain.checkpoint.log import FOLDER, Entry
+from dtrain.checkpoint.sources import open_source
+from dtrain.checkpoint.verify import verify, verify_log
+from dtrain.cli import checkpoint, table, transfer
+from dtrain.cli.main import main
+from tests.saving import Kept, Saver, folder_of, log_of, save
+from tests.world import alone, in_world
+
+Dtrain = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dtrain(capsys: pytest.CaptureFixture[str]) -> Iterator[Dtrain]:
+    """Runs `dtrain checkpoint ...` in this process: exit code, output, errors."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(["checkpoint", *map(str, arguments)])
+        return (exit.value.code, *capsys.readouterr())  # type: ignore[return-value]
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+
+
+def save_steps(root: Path, keep_last: int = 3) -> None:
+    """Steps 10, 20 and 30 by two ranks, of which 20 and 30 differ in one tensor and some plain values."""
+
+    def work(rank: int) -> None:
+        made, kept = model(), Kept({"rate": 0.5, "names": ["a"], "nan": float("nan")})
+        saver = Saver(root, keep_last, model=made, kept=kept)
+        saver.save(10)
+        saver.save(20)
+        with torch.no_grad():
+            made[0].get_parameter("bias").add_(1)
+        kept.value = {"rate": 0.25, "names": ["a"], "nan": float("nan"), "new": (1, None)}
+        saver.save(30)
+
+    in_world(2, work)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    save_steps(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_ls_lists_what_is_there_and_with_all_what_was_deleted(tmp_path: Path, dtrain: Dtrain) -> None:
+    save_steps(tmp_path / "run", keep_last=2)
+    code, out, _ = dtrain("ls", tmp_path / "run")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, lines[0]) == (0, ["step", "epoch", "committed", "ago", "ranks", "size", "attempt", "state"])
+    assert [(line[0], line[1], line[-1]) for line in lines[1:]] == [("20", "1", "good"), ("30", "1", "good")]
+    rows = json.loads(dtrain("ls", tmp_path / "run", "--all", "--json")[1])
+    assert [(row["step"], row["state"], row["ranks"]) for row in rows] == [
+        (10, "retired", 2),
+        (20, "good", 2),
+        (30, "good", 2),
+    ]
+    assert list(rows[0]) == ["step", "epoch", "time", "ranks", "bytes", "attempt", "state", "reason"]
+    folder = folder_of(tmp_path / "run", 30)
+    assert rows[2]["attempt"] == folder.name
+    assert rows[2]["bytes"] == sum(p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST)
+
+
+def test_ls_tells_what_is_damaged_and_what_was_found_bad(run: Path, dtrain: Dtrain) -> None:
+    (folder_of(run, 20) / "__1_0.distcp").unlink()
+    attempt = folder_of(run, 10).name
+    log = log_of(run)
+    log.claim(time.time(), "x")
+    log.append(Entry(kind="bad", epoch=log.epoch, time=0.0, step=10, attempt=attempt, reason="a byte is wrong"))
+    code, out, _ = dtrain("ls", run)
+    assert code == 0
+    assert [line.split()[-1] for line in out.splitlines()[1:4]] == ["bad", "damaged", "good"]
+    assert "step 10 is bad: a byte is wrong" in out
+    assert "step 20 is damaged: " in out
+    assert "__1_0.distcp" in out
+
+
+def test_show_has_objects_files_values_and_tensors(run: Path, dtrain: Dtrain) -> None:
+    code, out, _ = dtrain("show", run, "--step", 30)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["4", "32", "128", "B", "0", "model"] in lines
+    assert ["kept.rate", "0.25"] in lines
+    assert ["float32", "5x3", "60", "B", "1", "model.0.weight"] in lines
+    assert {"__0_0.distcp", "__1_0.distcp", METADATA} <= {line[-1] for line in lines if line}
+    shown = json.loads(dtrain("show", run, "--json", "--tensors", "*.bias", "--values", "kept.*")[1])
+    assert [(t["name"], t["dtype"], t["shape"], t["bytes"]) for t in shown["tensors"]] == [
+        ("model.0.bias", "float32", [5], 20),
+        ("model.1.bias", "float32", [2], 8),
+    ]
+    assert shown["values"] == {"kept.rate": "0.25", "kept.names": "['a']", "kept.nan": "nan", "kept.new": "(1, None)"}
+    assert (shown["step"], shown["ranks"]) == (30, 2)
+
+
+def test_diff_names_what_differs_without_reading_a_shard(run: Path, dtrain: Dtrain) -> None:
+    for step in (20, 30):
+        for shard in folder_of(run, step).glob("*.distcp"):
+            os.truncate(shard, size := shard.stat().st_size)
+            shard.write_bytes(bytes(size))  # of the right size, with none of the right bytes
+    code, out, _ = dtrain("diff", run, 20, 30)
+    assert code == 1
+    assert out.splitlines()[0] == "tensors: 3 equal, 1 changed"
+    found = json.loads(dtrain("diff", run, 20, 30, "--json")[1])
+    assert found == {
+        "equal": ["model.0.weight", "model.1.bias", "model.1.weight"],
+        "changed": ["model.0.bias"],
+        "reshaped": {},
+        "only_old": [],
+        "only_new": [],
+        "unknown": [],
+        "values": {"dtrain.step": ["20", "30"], "kept.new": [None, "(1, None)"], "kept.rate": ["0.5", "0.25"]},
+    }
+    assert dtrain("diff", run, 30, 30)[:2] == (0, "tensors: 4 equal\nvalues: 0 changed\n")
+
+
+def test_diff_of_two_models_tells_shapes_and_what_only_one_has(tmp_path: Path, dtrain: Dtrain) -> None:
+    def work() -> None:
+        Saver(tmp_path, kept=Kept({"a": torch.ones(2), "b": torch.ones(2)})).save(1)
+        Saver(tmp_path, kept=Kept({"a": torch.ones(2, 1).half(), "c": torch.ones(2)})).save(2)
+
+    alone(work)
+    code, out, _ = dtrain("diff", tmp_path, 1, 2)
+    assert code == 1
+    assert "1 another type or shape, 1 only in step 1, 1 only in step 2" in out
+    assert "float32 2 -> float16 2x1" in out
+
+
+def test_equal_tensors_have_equal_digests_whatever_process_saved_them(tmp_path: Path, dtrain: Dtrain) -> None:
+    """And whichever of the ranks: of one, two and three, each a fork of its own."""
+    for step, world in enumerate((1, 2, 3), 1):
+        in_world(world, lambda rank, step=step: save(tmp_path, step, model=model()))  # type: ignore[misc]
+    for step in (2, 3):
+        found = json.loads(dtrain("diff", tmp_path, 1, step, "--json")[1])
+        assert (len(found["equal"]), found["changed"], found["unknown"]) == (4, [], [])
+
+
+def test_a_tensor_that_was_cut_in_another_way_is_not_called_equal_or_changed(tmp_path: Path, dtrain: Dtrain) -> None:
+    from torch.distributed import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for step, world in enumerate((2, 3), 1):
+
+        def work(rank: int, step: int = step, world: int = world) -> None:
+            tensor = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (world,)), [Shard(0)])
+            save(tmp_path, step, kept=Kept({"w": tensor}))
+
+        in_world(world, work)
+    code, out, _ = dtrain("diff", tmp_path, 1, 2)
+    assert code == 1
+    assert "0 equal, 1 cut in another way" in out
+
+
+def test_verify_of_a_good_run_ends_with_0(run: Path, dtrain: Dtrain) -> None:
+    code, out, _ = dtrain("verify", run, "--all")
+    assert code == 0
+    assert [line.partition(",")[0] for line in out.splitlines()] == [
+        "step 10: good",
+        "step 20: good",
+        "step 30: good",
+        "log: good",
+    ]
+    found = json.loads(dtrain("verify", run, "--step", 20, "--json")[1])
+    assert [(row["step"], row["faults"], row["deleted"]) for row in found["checkpoints"]] == [(20, [], False)]
+    assert found["checkpoints"][0]["bytes"] == sum(p.stat().st_size for p in folder_of(run, 20).iterdir())
+    assert found["log"] == []
+
+
+def test_verify_finds_every_flipped_bit_and_names_its_file(run: Path) -> None:
+    folder = folder_of(run, 30)
+    commit = log_of(run).commits()[-1]
+    source = open_source(run)
+    tried = 0
+    chance = random.Random(0)
+    for path in sorted([*folder.iterdir(), *(run / FOLDER).iterdir()]):
+        data = path.read_bytes()
+        places = set(range(0, len(data), max(1, len(data) // 60))) | {len(data) - 1}
+        if path.suffix == ".distcp":
+            items = [c for i in source.manifest.tensors.values() for c in i.chunks]
+            held = sorted((c.offset, c.offset + c.length) for c in items if c.file == path.name)
+            ends = [end for (_, end), (start, _) in itertools.pairwise(held) if end < start]
+            assert ends, "there is padding"
+            places |= set(ends)
+        for at in sorted(places):
+            broken = bytearray(data)
+            broken[at] ^= 1 << chance.randrange(8)
+            path.write_bytes(broken)
+            log = log_of(run)
+            name = str(path.relative_to(run))
+            faults = verify_log(log._storage, log) or verify(log._storage, log, commit).faults
+            assert [fault.file for fault in faults] == [name], (name, at)
+            if path.suffix == ".distcp":
+                assert faults[0].start <= at < faults[0].stop
+            tried += 1
+        path.write_bytes(data)
+    assert tried > 500
+    assert verify(log_of(run)._storage, log_of(run), commit).faults == []
+
+
+def test_verify_names_the_tensor_the_file_and_the_bytes(run: Path, dtrain: Dtrain) -> None:
+    source = open_source(run)
+    chunk = source.manifest.tensors["model.0.weight"].chunks[0]
+    path = folder_of(run, 30) / chunk.file
+    data = bytearray(path.read_bytes())
+    data[chunk.offset + chunk.payload + 1] ^= 64
+    path.write_bytes(data)
+    code, out, _ = dtrain("verify", run)
+    assert code == 1
+    assert out.splitlines()[0].startswith("step 30: 1 fault, ")
+    place = f"{path.relative_to(run)}, bytes {chunk.offset} to {chunk.offset + chunk.length}"
+    assert out.splitlines()[1:3] == [f"  {place}", "    not what was saved: model.0.weight"]
+    assert dtrain("verify", run, "--step", 20)[0] == 0
+    assert dtrain("verify", run, "--all")[0] == 1
+
+
+@pytest.mark.parametrize("file", [MANIFEST, METADATA, "__0_0.distcp"])
+@pytest.mark.parametrize("how", ["missing", "shorter", "longer"])
+def test_verify_finds_files_that_are_missing_or_of_another_size(run: Path, dtrain: Dtrain, file: str, how: str) -> None:
+    path = folder_of(run, 30) / file
+    if how == "missing":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] if how == "shorter" else data + b"\0")
+    code, out, _ = dtrain("verify", run)
+    assert code == 1
+    assert f"{CHECKPOINTS}/{path.parent.name}/{file}" in out
+
+
+def test_verify_finds_a_log_entry_that_is_gone_or_no_entry(run: Path, dtrain: Dtrain) -> None:
+    (run / FOLDER / "00000001.json").unlink()
+    (run / FOLDER / "00000003.json").write_text("{}")
+    code, out, _ = dtrain("verify", run, "--json")
+    assert code == 1
+    found = json.loads(out)["log"]
+    assert [(fault["file"], fault["what"].partition(" (")[0]) for fault in found] == [
+        (f"{FOLDER}/00000001.json", "missing"),
+        (f"{FOLDER}/00000003.json", "no log entry"),
+    ]
+
+
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_fault(
+    run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log that the command has read doesn't tell of it yet."""
+    command = transfer.open_run
+
+    def opened_then_deleted(folder: Path) -> Any:
+        opened = command(folder)
+        log = log_of(run)
+        log.claim(time.time(), "x")
+        log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=10, attempt=folder_of(run, 10).name))
+        shutil.rmtree(folder_of(run, 10))
+        return opened
+
+    monkeypatch.setattr(transfer, "open_run", opened_then_deleted)
+    code, out, _ = dtrain("verify", run, "--all")
+    assert (code, out.splitlines()[0]) == (0, "step 10: the run has deleted it in the meantime")
+    monkeypatch.setattr(checkpoint, "open_run", command)
+    assert dtrain("ls", run)[1].count("good") == 2
+
+
+@pytest.mark.parametrize("command", ["show", "export"])
+def test_what_the_run_deletes_while_it_is_read_is_not_called_damaged(
+    run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def deleted(*_: object) -> None:
+        log = log_of(run)
+        log.claim(time.time(), "x")
+        log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=30, attempt=folder_of(run, 30).name))
+        shutil.rmtree(folder_of(run, 30))
+
+    if command == "show":
+
+        def found_then_deleted(*asked: Any) -> Entry:
+            found = transfer.commit_at(*asked)
+            deleted()
+            return found
+
+        monkeypatch.setattr(checkpoint, "commit_at", found_then_deleted)
+        code, _, err = dtrain("show", run)
+    else:
+        monkeypatch.setattr(transfer, "_bytes_of", deleted)
+        code, _, err = dtrain("export", run, run.parent / "out.pt")
+    assert code == 2
+    assert err.endswith("the run has deleted step 30 while it was read; ask for a newer one\n")
+
+
+def test_gc_lists_leftovers_and_deletes_them_only_when_told(run: Path, dtrain: Dtrain) -> None:
+    committed = {path.name for path in (run / CHECKPOINTS).iterdir()}
+    log = log_of(run)
+    epoch = log.claim(time.time(), "x").epoch
+    old, new = f"step-00000040.e{epoch - 1}.aaaaaaaa", f"step-00000040.e{epoch}.bbbbbbbb"
+    for name in (old, new, "mine"):
+        (run / CHECKPOINTS / name).mkdir()
+        (run / CHECKPOINTS / name / "__0_0.distcp").write_bytes(bytes(1000))
+    retired = folder_of(run, 10)
+    log.append(Entry(kind="retire", epoch=epoch, time=0.0, step=10, attempt=retired.name))
+    halves = [run / ".probe.1.half", run / FOLDER / ".00000009.json.1.half"]
+    for half in [*halves, run / ".young.half"]:
+        half.write_bytes(b"x")
+    for half in halves:
+        os.utime(half, (time.time() - 700, time.time() - 700))
+    before = sorted(run.rglob("*"))
+    code, out, _ = dtrain("gc", run)
+    assert (code, sorted(run.rglob("*"))) == (0, before)
+    assert [line.split()[-1] for line in out.splitlines()[1:5]] == [
+        f"{CHECKPOINTS}/{retired.name}",
+        f"{CHECKPOINTS}/{old}",
+        ".probe.1.half",
+        f"{FOLDER}/.00000009.json.1.half",
+    ]
+    rows = json.loads(dtrain("gc", run, "--delete", "--json")[1])
+    assert [row["deleted"] for row in rows] == [True] * 4
+    assert {path.name for path in (run / CHECKPOINTS).iterdir()} == (committed - {retired.name}) | {new, "mine"}
+    assert (run / ".young.half").exists()
+    assert not any(half.exists() for half in halves)
+    assert dtrain("gc", run)[1] == "nothing is left over\n"
+    assert dtrain("verify", run, "--all")[0] == 0
+
+
+def test_gc_deletes_no_attempt_while_the_log_cannot_be_read(run: Path, dtrain: Dtrain) -> None:
+    log_of(run).claim(time.time(), "x")
+    entry = run / FOLDER / "00000003.json"
+    entry.write_bytes(entry.read_bytes()[:-9])
+    before = sorted(run.rglob("*"))
+    code, out, _ = dtrain("gc", run, "--delete")
+    assert (code, sorted(run.rglob("*"))) == (0, before)
+    assert "attempts are kept as long as the log can't be read: log/00000003.json" in out
+
+
+def test_export_and_import_go_round(run: Path, tmp_path: Path, dtrain: Dtrain) -> None:
+    code, out, _ = dtrain("export", run, tmp_path / "out")
+    assert code == 0
+    assert out.splitlines()[1:] == [str(tmp_path / "out/model.safetensors")]
+    code, out, _ = dtrain("import", tmp_path / "out", tmp_path / "new", "--json")
+    assert (code, json.loads(out)["bytes"]) == (0, 128)
+    assert dtrain("verify", tmp_path / "new")[0] == 0
+    one, other = open_source(run).manifest, open_source(tmp_path / "new").manifest
+    assert [i.chunks[0].digests for i in other.tensors.values()] == [
+        one.tensors[name].chunks[0].digests for name in other.tensors
+    ]
+    assert dtrain("export", run, tmp_path / "all.safetensors", "--all", "--step", 20)[0] == 0
+    code, out, err = dtrain("export", run, tmp_path / "out")
+    assert (code, out, err) == (2, "", f"dtrain: error: {tmp_path / 'out'} is there already; --force replaces it\n")
+    assert dtrain("export", run, tmp_path / "out", "--force")[0] == 0
+
+
+def test_a_damaged_checkpoint_ends_an_export_with_1(run: Path, tmp_path: Path, dtrain: Dtrain) -> None:
+    for shard in folder_of(run, 30).glob("*.distcp"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    code, out, err = dtrain("export", run, tmp_path / "out.pt")
+    assert (code, out) == (1, "")
+    assert err.startswith("dtrain: damaged: ")
+    assert "are not those that were saved" in err
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "gc"])
+def test_what_is_no_run_folder_is_an_error_in_one_line(tmp_path: Path, dtrain: Dtrain, command: str) -> None:
+    code, out, err = dtrain(command, tmp_path / "nothing")
+    assert (code, out) == (2, "")
+    assert err == f"dtrain: error: {tmp_path / 'nothing'} doesn't exist; give the `dir` of a run\n"
+    code, _, err = dtrain(command, tmp_path)
+    assert code == 2
+    assert "is no run folder: it has no log/ in it" in err
+
+
+def test_a_step_that_is_not_there_names_those_that_are(tmp_path: Path, dtrain: Dtrain) -> None:
+    save_steps(tmp_path / "run", keep_last=2)
+    for arguments in (["show", "--step", 11], ["verify", "--step", 11], ["diff", 11, 20]):
+        code, _, err = dtrain(arguments[0], tmp_path / "run", *arguments[1:])
+        assert code == 2
+        assert err.endswith("has no checkpoint of step 11; there are: 20, 30\n")
+    assert "deleted its checkpoint of step 10; there are: 20, 30" in dtrain("show", tmp_path / "run", "--step", 10)[2]
+    assert dtrain("verify", tmp_path / "run", "--all", "--step", 20)[0] == 2
+
+
+def test_tables_fit_a_terminal_of_80_columns(run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "width", lambda: 80)
+    monkeypatch.setattr(checkpoint, "width", lambda: 80)
+    for arguments in (["ls", run, "--all"], ["show", run], ["diff", run, 20, 30]):
+        assert max(map(len, dtrain(*arguments)[1].splitlines())) <= 80
+
+
+def test_sizes_and_ages_are_short() -> None:
+    sizes = [0, 999, 1000, 9994, 9996, 99_949, 99_951, 999_499, 999_500, 5_000_000_000, 2 * 10**15]
+    assert [table.size_text(size) for size in sizes] == [
+        "0 B", "999 B", "1.00 kB", "9.99 kB", "10.0 kB", "99.9 kB", "100 kB", "999 kB", "1.00 MB", "5.00 GB", "2.00 PB",
+    ]  # fmt: skip
+    assert [table.age_text(s) for s in (0, 59, 60, 7199, 7200, 172_799, 172_800)] == [
+        "0 s", "59 s", "1 min", "119 min", "2 h", "47 h", "2 d",
+    ]  # fmt: skip
