@@ -16,7 +16,7 @@ import torch
 
 from dtrain.checkpoint.tree import decode, encode, flatten
 from dtrain.errors import SaveError, StateError
-from tests.saving import Kept, commits, differences, restore, round_trip, save
+from tests.saving import Kept, commits, differences, round_trip, save
 from tests.world import alone, errors, in_world
 
 

@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,8 @@ from dtrain.checkpoint.plan import local_items, local_part
 from dtrain.checkpoint.tree import encode, flatten
 
 SLOTS = 2
+_MADV_POPULATE_WRITE = 23
+_libc = ctypes.CDLL(None, use_errno=True)
 _SPARE_BYTES = 256 << 20
 """Memory that is left to everybody else."""
 
@@ -157,6 +160,7 @@ class Snapshots:
         self._layout = Layout([])
         self._mapped: list[_Mapped | None] = [None] * SLOTS
         self._in_memory = True
+        self._preparing: threading.Thread | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[], None]] | None = None
 
     def take(
@@ -238,6 +242,9 @@ class Snapshots:
         return min(free, key=lambda index: (slots[index].whole, slots[index].generation, slots[index].number))
 
     def _map(self, index: int) -> _Mapped:
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
         mapped = self._mapped[index]
         if mapped is None:
             if self._in_memory:
@@ -247,7 +254,22 @@ class Snapshots:
                 file = tempfile.TemporaryFile(dir=self._spill, buffering=0)  # noqa: SIM115
                 mapped = _Mapped(file, f"/proc/{os.getpid()}/fd/{file.fileno()}", self._layout)
             self._mapped[index] = mapped
+            self._prepare((index + 1) % SLOTS)
         return mapped
+
+    def _prepare(self, index: int) -> None:
+        """Have an unused slot laid out by a thread, since the first touch of memory takes many times a copy."""
+        unused = not self._board.slots[index].whole and self._board.held - 1 != index
+        if self._in_memory and unused and self._mapped[index] is None:
+            path, layout, mapped = self._slots.in_memory(index), self._layout, self._mapped
+
+            def work() -> None:
+                prepared = _Mapped(Path(path).open("r+b", buffering=0), path, layout)  # noqa: SIM115
+                prepared.touch()
+                mapped[index] = prepared
+
+            self._preparing = threading.Thread(target=work, daemon=True)
+            self._preparing.start()
 
     def _fits(self) -> bool:
         """Whether all slots fit into this machine's memory."""
@@ -287,7 +309,14 @@ class _Mapped:
         if torch.cuda.is_initialized():
             # Pinned, so that a GPU can write into it while the CPU goes on. Where that fails, it's only slower.
             torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), layout.size, 0)
+        self._start = memory.data_ptr()
         self.views = layout.views(memory)
+
+    def touch(self) -> None:
+        """Have all of the memory there, and in this process's page table."""
+        # Unlike mmap.madvise, ctypes lets the other threads run. An old kernel doesn't know this, and it's no loss.
+        if self._size:
+            _libc.madvise(ctypes.c_void_p(self._start), ctypes.c_size_t(self._size), _MADV_POPULATE_WRITE)
 
     def write_meta(self, meta: dict[str, Any]) -> None:
         os.ftruncate(self._file.fileno(), self._size)
