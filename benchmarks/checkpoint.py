@@ -139,7 +139,7 @@ class Dtrain:
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
         def work() -> int:
-            os.nice(19)  # as a supervisor does it
+            os.nice(10)  # as a supervisor does it
             serve(theirs, Saver.of(config, connect, rank, world_size, self._slots), self._slots.board)
             return 0
 
