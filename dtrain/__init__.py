@@ -1,10 +1,10 @@
 """dtrain: training that survives."""
 
-from dtrain.config import Config
+from dtrain.config import Best, Config
 from dtrain.launch import launch
 from dtrain.training.data import Data
 from dtrain.training.run import Run
 from dtrain.training.step import Step
 
-__all__ = ["Config", "Data", "Run", "Step", "launch"]
+__all__ = ["Best", "Config", "Data", "Run", "Step", "launch"]
 __version__ = "0.1.0"
