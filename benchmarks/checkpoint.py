@@ -37,7 +37,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,6 +187,8 @@ ENGINES: dict[str, Callable[[Training, Path], Engine]] = {
 }
 LOADS = ("dtrain", "dcp.save", "torch_checkpointing")
 """Those of the engines that load in a way of their own."""
+APART = ("  stager kept, process", "torch_checkpointing")
+"""Those that take their turns by themselves, with limits of their own, where memory is too small for all at once."""
 IN_BACKGROUND = tuple(name for name in ENGINES if name != "dcp.save")
 BRIEFLY = ("dtrain", "  stager kept, thread")
 """The engines that a quick run looks at beside steps, and whose memory it takes."""
@@ -225,11 +227,11 @@ class Rank:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.training = Training(mib * MIB, sharded=o.layout == "sharded" and self.ranks > 1, device=device)
 
-    def rounds(self, target: str, root: Path) -> dict[str, Figures]:
-        """Saves and loads by all engines in turn, with the limits between them."""
+    def rounds(self, names: Sequence[str], target: str, root: Path) -> dict[str, Figures]:
+        """Saves and loads by these engines in turn, with the limits between them."""
         training, limits = self.training, Limits(self.training)
         limits.copy()
-        engines = {name: make(training, root / str(n)) for n, (name, make) in enumerate(ENGINES.items())}
+        engines = {name: ENGINES[name](training, root / str(n)) for n, name in enumerate(names)}
         figures = {name: Figures() for name in ("limit", *engines)}
         plain = root / f"plain.{dist.get_rank()}"
         for number in range(self._o.rounds + 1):
@@ -315,8 +317,10 @@ class Rank:
         return slowest(time.perf_counter() - started)
 
 
-def rounds(o: Options, mib: int, target: str, root: Path, say: Callable[[str], None]) -> dict[str, Figures]:
-    return Rank(o, mib, say).rounds(target, root)
+def rounds(
+    o: Options, mib: int, names: Sequence[str], target: str, root: Path, say: Callable[[str], None]
+) -> dict[str, Figures]:
+    return Rank(o, mib, say).rounds(names, target, root)
 
 
 def beside(o: Options, mib: int, root: Path, say: Callable[[str], None]) -> dict[str, Beside | None]:
@@ -514,7 +518,7 @@ def middle(times: list[float]) -> float:
     return statistics.median(times) if times else float("nan")
 
 
-def print_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes: int, promises: Promises) -> None:
+def print_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes: int) -> None:
     limit = figures["limit"]
     copy, write, read = middle(limit.stall), middle(limit.durable), middle(limit.load)
     gb = nbytes / 1e9
@@ -529,7 +533,11 @@ def print_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes:
             print(f"{load:9.3f}{gb / load:7.2f}{load / read:8.2f}", end="")
             print("  " + ", ".join(f"{100 * b / nbytes:.0f}%" for b in taken.read_bytes), end="")
         print(f"  ({taken.remark})" if taken.remark else "", flush=True)
-    ours = figures["dtrain"]
+
+
+def judge_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes: int, promises: Promises) -> None:
+    limit, ours = figures["limit"], figures["dtrain"]
+    copy, write, read = middle(limit.stall), middle(limit.durable), middle(limit.load)
     stall = middle(ours.stall)
     if wanted(o, "stall"):
         kept = min(middle(figures[name].stall) for name in figures if "kept" in name)
@@ -589,8 +597,12 @@ def main(o: Options) -> None:
             size = f"{mib} MiB, {ranks} rank{'s' if ranks > 1 else ''}"
             if wanted(o, "stall", "durable", "load"):
                 for target in o.targets.split(","):
-                    figures = world.run(ranks, partial(rounds, o, mib, target, roots[target]))
-                    print_rounds(o, f"{size}, {target}", figures, nbytes, promises)
+                    figures: dict[str, Figures] = {}
+                    for names in turns(mib):
+                        found = world.run(ranks, partial(rounds, o, mib, names, target, roots[target]))
+                        print_rounds(o, f"{size}, {target}", found, nbytes)
+                        figures = found | figures  # dtrain is held against the limits that were measured beside it
+                    judge_rounds(o, f"{size}, {target}", figures, nbytes, promises)
             last = o.targets.split(",")[-1]
             if wanted(o, "beside"):
                 found = world.run(ranks, partial(beside, o, mib, roots[last]))
@@ -614,12 +626,21 @@ def main(o: Options) -> None:
             shutil.rmtree(root, ignore_errors=True)
 
 
-def check_room(o: Options, mib: int) -> None:
-    """All engines keep their buffers while they take turns."""
+def available_mib() -> int:
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) // 1024
-    if free < 8 * mib:
-        sys.exit(f"--sizes {mib}: needs {8 * mib} MiB of memory, and {free} are available; choose smaller ones")
+    return int(fields["MemAvailable"].split()[0]) // 1024
+
+
+def turns(mib: int) -> list[list[str]]:
+    """The engines that take turns with each other. All keep their buffers meanwhile, and dtrain two saves, in memory."""
+    if available_mib() >= 14 * mib:
+        return [list(ENGINES)]
+    return [[name for name in ENGINES if name not in APART], list(APART)]
+
+
+def check_room(o: Options, mib: int) -> None:
+    if (free := available_mib()) < 10 * mib:
+        sys.exit(f"--sizes {mib}: needs {10 * mib} MiB of memory, and {free} are available; choose smaller ones")
     for place, times in ((Path("/dev/shm"), 6), (o.disk, 3)):
         if (room := shutil.disk_usage(place).free // MIB) < times * mib:
             sys.exit(f"--sizes {mib}: needs {times * mib} MiB in {place}, which has {room}; choose smaller ones")

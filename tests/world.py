@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import select
 import time
 import traceback
@@ -83,7 +84,11 @@ def _rank(rank: int, world: int, folder: str, work: Callable[[int], object], sta
     try:
         data = _dumped(work(rank))
     except BaseException as error:
-        data = _dumped(Raised(error.with_traceback(None), traceback.format_exc()))
+        trace = traceback.format_exc()
+        try:
+            data = _dumped(Raised(error.with_traceback(None), trace))
+        except pickle.PicklingError:  # pytest's own
+            data = _dumped(Raised(AssertionError(str(error)), trace))
     with os.fdopen(start, "wb") as file:
         file.write(data)
     return 0

@@ -157,6 +157,8 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
             match message["do"]:
                 case "save":
                     snapshot = Snapshot(**message["snapshot"])
+                    if message["number"] <= asked.get(snapshot.generation, 0):
+                        continue  # it was called off before the one that died had even read of it
                     asked[snapshot.generation] = message["number"]
                     saving.submit(save, snapshot, message["number"], message["metrics"])
                 case "over":
