@@ -598,8 +598,8 @@ def main(o: Options) -> None:
             if wanted(o, "stall", "durable", "load"):
                 for target in o.targets.split(","):
                     figures: dict[str, Figures] = {}
-                    for names in turns(mib):
-                        found = world.run(ranks, partial(rounds, o, mib, names, target, roots[target]))
+                    for together in turns(mib):
+                        found = world.run(ranks, partial(rounds, o, mib, together, target, roots[target]))
                         print_rounds(o, f"{size}, {target}", found, nbytes)
                         figures = found | figures  # dtrain is held against the limits that were measured beside it
                     judge_rounds(o, f"{size}, {target}", figures, nbytes, promises)
@@ -632,7 +632,7 @@ def available_mib() -> int:
 
 
 def turns(mib: int) -> list[list[str]]:
-    """The engines that take turns with each other. All keep their buffers meanwhile, and dtrain two saves, in memory."""
+    """The engines that take turns with each other: all keep their buffers meanwhile, and dtrain two saves."""
     if available_mib() >= 14 * mib:
         return [list(ENGINES)]
     return [[name for name in ENGINES if name not in APART], list(APART)]
