@@ -78,6 +78,8 @@ T = TypeVar("T")
 
 MIB = 1 << 20
 STEP_S = 0.05
+SETTLE_S = 0.5
+"""Before a load, for what engines do after a save that nobody waits for, such as to delete an older one."""
 PARTS = ("stall", "durable", "load", "beside", "memory", "planning")
 
 
@@ -248,6 +250,7 @@ class Rank:
                 if isinstance(engine, TorchCheckpointing):
                     taken.remark = f"no fsync; save returns after {1e3 * engine.returned_s:.0f} ms of it"
                 if name in LOADS and wanted(self._o, "load"):
+                    time.sleep(SETTLE_S)
                     training.blank()
                     before = bytes_read()
                     taken.load.append(self._timed(partial(engine.load, training)))

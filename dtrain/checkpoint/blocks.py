@@ -102,24 +102,30 @@ def read_blocks(
     :raises Damaged: a block doesn't hold what was saved, or can't be read. What the tensors hold then is worth nothing.
     """
     wants = [want for want in wants if want.target.numel()]
-    reads = _reads(block for want in wants for block in _blocks(folder, want, block_bytes))
     devices = {want.target.device for want in wants if want.target.is_cuda}
-    most = max((read.stop - read.start + _ALIGN * len(read.blocks) for read in reads), default=0)
-    left = iter(reads)
+    left = _reads(block for want in wants for block in _blocks(folder, want, block_bytes))
+    turn = threading.Lock()
     failures: list[BaseException] = []
+    read_bytes = 0
+
+    def next_read() -> _Read | None:
+        nonlocal read_bytes
+        with turn:  # one thread plans the next read, while the others are at theirs
+            read = None if failures else next(left, None)
+            if read is not None:
+                read_bytes += read.stop - read.start
+            return read
 
     def work() -> None:
         try:
-            worker = _Worker(storage, folder, most, devices)
-            for read in left:  # a list's iterator gives each read to one thread alone
-                if failures:
-                    break
+            worker = _Worker(storage, folder, devices)
+            while read := next_read():
                 worker.read(read)
             worker.finish()
         except BaseException as error:
             failures.append(error)
 
-    count = min(len(reads), threads or default_threads())
+    count = threads or default_threads()
     helpers = [threading.Thread(target=work, name=f"dtrain-read-{n}", daemon=True) for n in range(1, count)]
     with storage.keep_open() if isinstance(storage, KeepsOpen) else contextlib.nullcontext():
         for helper in helpers:
@@ -129,7 +135,7 @@ def read_blocks(
             helper.join()
     if failures:
         raise failures[0]
-    return sum(read.stop - read.start for read in reads)
+    return read_bytes
 
 
 def default_threads() -> int:
@@ -174,34 +180,33 @@ def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:
             yield _Block(file, low, high, name, digest, box=box)
 
 
-def _reads(blocks: Iterable[_Block]) -> list[_Read]:
-    """Neighbouring blocks together, in the order in which they lie in the files."""
-    reads: list[_Read] = []
-    for block in sorted(blocks, key=lambda block: (block.file, block.start)):
-        last = reads[-1] if reads else None
+def _reads(blocks: Iterable[_Block]) -> Iterator[_Read]:
+    """Neighbouring blocks together. They come in the order of the state, in which they lie in each file."""
+    last: dict[str, _Read] = {}
+    for block in blocks:
+        read = last.get(block.file)
         if (
-            last is None
-            or block.file != last.file
-            or not last.stop <= block.start <= last.stop + _GAP_BYTES
-            or block.stop - last.start > _READ_BYTES
+            read is None
+            or not read.stop <= block.start <= read.stop + _GAP_BYTES
+            or block.stop - read.start > _READ_BYTES
         ):
-            reads.append(last := _Read(block.file, block.start, block.stop))
-        last.stop = block.stop
-        last.blocks.append(block)
-    return reads
+            if read is not None:
+                yield read
+            read = last[block.file] = _Read(block.file, block.start, block.stop)
+        read.stop = block.stop
+        read.blocks.append(block)
+    yield from last.values()
 
 
 class _Worker:
-    """One thread's part: its memory and, for tensors on a GPU, its streams.
+    """One thread's part: its memory and, for tensors on a GPU, its streams."""
 
-    :param most: how much of that memory a read may need, in bytes.
-    """
-
-    def __init__(self, storage: Readable, folder: str, most: int, devices: set[torch.device]) -> None:
+    def __init__(self, storage: Readable, folder: str, devices: set[torch.device]) -> None:
         self._storage = storage
         self._folder = folder
+        self._pinned = bool(devices)
         # For a GPU two that take turns: the copies from one go on while the other is filled.
-        self._spare = [torch.empty(most, dtype=torch.uint8, pin_memory=bool(devices)) for _ in range(1 + bool(devices))]
+        self._spare = [torch.empty(0, dtype=torch.uint8) for _ in range(1 + bool(devices))]
         self._copied: list[list[torch.cuda.Event]] = [[] for _ in self._spare]
         self._streams = {device: torch.cuda.Stream(device) for device in devices}
         for device, stream in self._streams.items():
@@ -213,7 +218,7 @@ class _Worker:
         self._copied.reverse()
         for event in self._copied[0]:
             event.synchronize()
-        spare = self._spare[0]
+        spare = self._memory_for(read)
         scratch = bytes_of(spare)
         buffers: list[memoryview] = []
         places: list[int] = []  # of the blocks in the scratch memory
@@ -242,6 +247,13 @@ class _Worker:
             if block.box is not None:
                 self._copy(block, block.box, spare[begin:])
         self._copied[0] = [stream.record_event() for stream in self._streams.values()]
+
+    def _memory_for(self, read: _Read) -> torch.Tensor:
+        """For all of a read, should none of it go straight into a tensor."""
+        need = read.stop - read.start + _ALIGN * len(read.blocks)
+        if self._spare[0].numel() < need:
+            self._spare[0] = torch.empty(max(need, _READ_BYTES), dtype=torch.uint8, pin_memory=self._pinned)
+        return self._spare[0]
 
     def finish(self) -> None:
         """Wait for the copies to a GPU."""

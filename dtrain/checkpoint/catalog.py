@@ -60,12 +60,15 @@ class Catalog:
         return f"step-{step:08d}.e{self.epoch}.{uuid.uuid4().hex[:8]}"
 
     def commit(self, attempt: str, **fields: Any) -> None:
-        """Make an attempt that is whole and durable a checkpoint, and delete those that it takes the place of.
+        """Make an attempt that is whole and durable a checkpoint.
 
         :param fields: of the log's entry.
         :raises Fenced: a newer generation has taken the run over.
         """
         self._append("commit", attempt=attempt, **fields)
+
+    def retire(self) -> None:
+        """Delete the checkpoints that needn't be kept any longer. :raises Fenced: a newer generation took over."""
         for entry in to_retire(self.log, self._keep, time.time()):
             self._append("retire", step=entry.step, attempt=entry.attempt)
             self.discard(entry.attempt)

@@ -120,6 +120,7 @@ class Direct:
         self._begun += 1
         self._board.held = snapshot.slot + 1
         self._outcome = self._saver.save(snapshot, self._begun, metrics)
+        self._saver.tidy()
 
     @property
     def busy(self) -> bool:
@@ -146,6 +147,7 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
             board.held = board.saving = 0
             outcome = Outcome(f"{type(error).__name__}: {error}")
         send(end, save=[snapshot.generation, number], **asdict(outcome))
+        saver.tidy()
 
     broken = board.saving_generation, board.saving
     if (outcome := saver.interrupted()) is not None:

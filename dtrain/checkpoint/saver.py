@@ -57,6 +57,7 @@ class Saver:
         self._events = events
         self._rank = agreement.rank
         self._indexes = Indexes()
+        self._mapped: dict[int, memoryview] = {}
         self._lock = threading.Lock()  # of the catalog: a claim doesn't wait for a save that is under way
 
     @classmethod
@@ -104,6 +105,16 @@ class Saver:
         self._board.saving = 0
         return outcome
 
+    def tidy(self) -> None:
+        """On rank 0, after a save that nobody waits for any more: delete the checkpoints that it took the place of."""
+        if self._rank == 0 and self._catalog.epoch:
+            try:
+                with self._lock:
+                    self._catalog.retire()
+            except Exception as error:
+                # What was saved is safe. If this is no passing trouble, the next save meets it as well, and says so.
+                self._events.warn(f"old checkpoints in {self._storage.root} can't be deleted: {_text(error)}")
+
     def last(self, timeout_s: float) -> None:
         """Save the newest snapshot that all ranks have, where there is no later checkpoint: no trainer will any more.
 
@@ -113,6 +124,7 @@ class Saver:
         newest = self._agreement.common(have.keys(), timeout_s)
         if newest is not None and have[newest].step > self._board.committed:
             self.save(have[newest], _LAST, {})
+            self.tidy()
 
     def interrupted(self) -> Outcome | None:
         """In the place of a saver that died: call off the save that it was in, if any."""
@@ -205,7 +217,7 @@ class Saver:
         part = Part(file=file, size=snapshot.size, items=meta["items"], digests=b"")
         copies = _pickled(meta["tree"]) if self._rank == 0 else {}
         if snapshot.size or copies:
-            memory = _mapped(snapshot)
+            memory = self._memory_of(snapshot)
             with (
                 self._storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}") as sink,
                 ThreadPoolExecutor(1) as hashing,
@@ -218,6 +230,23 @@ class Saver:
         layout = digest(part.items.encode()) if copies else meta["layout"]
         report = Report(layout=layout, size=part.size, objects=meta["objects"], digests=part.digests)
         return report, part.items, meta["tensors"]
+
+    def _memory_of(self, snapshot: Snapshot) -> memoryview:
+        """A snapshot's shard file, as it lies in memory."""
+        if snapshot.size == 0:
+            return memoryview(b"")
+        kept = self._mapped.get(snapshot.slot)
+        if kept is not None and kept.nbytes == snapshot.size and snapshot.path == self._slots.in_memory(snapshot.slot):
+            return kept
+        with open(snapshot.path, "rb") as file:
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            memory = memoryview(mmap.mmap(file.fileno(), snapshot.size, flags=flags, prot=mmap.PROT_READ))
+        # To map it anew for every save would take a third as long as to write it. What lies on the disk goes away
+        # with its trainer, and must not be held.
+        self._mapped.pop(snapshot.slot, None)
+        if snapshot.path == self._slots.in_memory(snapshot.slot):
+            self._mapped[snapshot.slot] = memory
+        return memory
 
     def _check(self, reports: list[Report]) -> None:
         """:raises SaveError: a rank failed, or the ranks don't have the same state."""
@@ -237,14 +266,6 @@ class Saver:
 def save_name(generation: int, number: int) -> str:
     """Of a save, among those of its group."""
     return f"save/{generation}/{number}"
-
-
-def _mapped(snapshot: Snapshot) -> memoryview:
-    """A snapshot's shard file, as it lies in memory."""
-    if snapshot.size == 0:
-        return memoryview(b"")
-    with open(snapshot.path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), snapshot.size, prot=mmap.PROT_READ))
 
 
 def _hash_items(memory: memoryview, items: str) -> bytes:

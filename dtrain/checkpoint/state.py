@@ -121,7 +121,7 @@ class State:
         if isinstance(value, torch.Generator):
             return {"state": value.get_state()}
         if not isinstance(value, Optimizer):
-            return value.state_dict()
+            return value.state_dict(keep_vars=True) if isinstance(value, nn.Module) else value.state_dict()
         names = list(self._parameter_names(name, value).values())
         state = value.state_dict()
         return {

@@ -42,20 +42,25 @@ def flatten(tree: Tree) -> dict[str, tuple[tuple[str | int, ...], Any]]:
     """
     leaves: dict[str, tuple[tuple[str | int, ...], Any]] = {}
 
-    def visit(path: tuple[str | int, ...], value: Any) -> None:
-        if isinstance(value, Mapping):
+    def visit(name: str, path: tuple[str | int, ...], value: Any) -> None:
+        at = f"{name}." if path else ""
+        if isinstance(value, torch.Tensor):  # first, since most leaves are
+            leaf(name, path, value)
+        elif isinstance(value, dict | Mapping):
             for key, inner in value.items():
-                visit((*path, str(key)), inner)
+                visit(f"{at}{key}", (*path, str(key)), inner)
         elif _is_branch(value):
             for index, inner in enumerate(value):
-                visit((*path, index), inner)
+                visit(f"{at}{index}", (*path, index), inner)
         else:
-            name = ".".join(map(str, path))
-            if name in leaves:
-                raise StateError(f"two values in the state are called {name!r}; rename one of them")
-            leaves[name] = (path, value)
+            leaf(name, path, value)
 
-    visit((), tree)
+    def leaf(name: str, path: tuple[str | int, ...], value: Any) -> None:
+        if name in leaves:
+            raise StateError(f"two values in the state are called {name!r}; rename one of them")
+        leaves[name] = (path, value)
+
+    visit("", (), tree)
     return leaves
 
 
@@ -81,14 +86,19 @@ def encode(tree: Tree, path: str = "") -> Any:
     :raises StateError: it holds something that could come back only by unpickling.
     """
     at = f"{path}." if path else ""
-    match tree:
-        case None | bool() | str():
-            return tree
+    match tree:  # what there is the most of comes first
         case torch.Tensor():
             if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
                 kind = "meta" if tree.is_meta else "quantized" if tree.is_quantized else dtype_name(tree.layout)
                 raise StateError(f"{path}: a {kind} tensor can't be saved; let state_dict() return a plain one")
             return {"$tensor": path}
+        case dict() | Mapping():
+            if all(isinstance(key, str) and not key.startswith("$") for key in tree):
+                return {key: encode(value, f"{at}{key}") for key, value in tree.items()}
+            items = [[_encode_hashed(key, path), encode(value, f"{at}{key}")] for key, value in tree.items()]
+            return {"$items": items}
+        case None | bool() | str():
+            return tree
         case np.generic() | np.ndarray():
             array = np.asarray(tree)
             if array.dtype.hasobject or array.dtype.names or isinstance(tree, np.ma.MaskedArray):
@@ -113,11 +123,6 @@ def encode(tree: Tree, path: str = "") -> Any:
         case set() | frozenset():
             kind = "$set" if isinstance(tree, set) else "$frozenset"
             return {kind: sorted((_encode_hashed(value, path) for value in tree), key=repr)}
-        case Mapping():
-            if all(isinstance(key, str) and not key.startswith("$") for key in tree):
-                return {key: encode(value, f"{at}{key}") for key, value in tree.items()}
-            items = [[_encode_hashed(key, path), encode(value, f"{at}{key}")] for key, value in tree.items()]
-            return {"$items": items}
     raise StateError(
         f"{path}: a {type(tree).__qualname__} can't be saved without pickle; let state_dict() return numbers, "
         "texts, tensors, and lists, tuples and dicts of them"

@@ -8,6 +8,7 @@ pages, and a second fsync would report success.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -25,6 +26,12 @@ _ABANDONED_S = 600.0
 
 _MOST_BUFFERS = 1024
 """The kernel's limit on the buffers of one `preadv` (IOV_MAX)."""
+
+_BEGIN_BYTES = 8 << 20
+"""So much is handed to the disk at once."""
+
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
 
 
 class LocalStorage:
@@ -160,11 +167,19 @@ class _Whole:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._written = self._begun = 0
 
     def write(self, data: Buffer) -> None:
         left = memoryview(data).cast("B")
         while left:
-            left = left[os.write(self._descriptor, left) :]
+            taken = os.write(self._descriptor, left)
+            left = left[taken:]
+            self._written += taken
+        if self._written - self._begun >= _BEGIN_BYTES:
+            # The disk begins now, while more is written. An error is one that fsync tells of in the end.
+            length = ctypes.c_int64(self._written - self._begun)
+            _libc.sync_file_range(self._descriptor, ctypes.c_int64(self._begun), length, _SYNC_FILE_RANGE_WRITE)
+            self._begun = self._written
 
 
 def _make_folder(folder: Path) -> None:
