@@ -52,6 +52,15 @@ class Program:
         """Ctrl-C, as a terminal sends it: to every process of the foreground group."""
         os.killpg(self._child.pid, signal.SIGINT)
 
+    @property
+    def pid(self) -> int:
+        """Of torchrun's agent; without torchrun, of the supervisor."""
+        return self._child.pid
+
+    def steps(self) -> int:
+        """How many steps were done, as the script itself has printed it."""
+        return max((int(line.split()[1]) for line in self.out().splitlines() if line.startswith("step ")), default=0)
+
     def wait_for(self, found: Callable[[], object]) -> None:
         """Wait until something is seen while the program runs."""
         while not found():

@@ -35,7 +35,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", default="2")
     parser.add_argument("--snapshot-every", default="auto")
-    parser.add_argument("--option", nargs=2, default=())
+    parser.add_argument("--option", nargs=2, action="append", default=[], help="of the config: its name and value")
+    parser.add_argument("--best-step", type=int, default=0, help="save every step, with its distance from this one")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--first-sample", type=float, default=0.0)
     parser.add_argument("--width", type=int, default=8)
@@ -76,6 +77,8 @@ def main(run: dtrain.Run) -> None:
         time.sleep(args.step_s)
         if run.is_first:
             print(f"step {step.number} {step.loss}", flush=True)
+        if args.best_step:
+            run.save(metrics={"distance": abs(step.number - args.best_step)})
 
 
 if __name__ == "__main__":
@@ -88,7 +91,9 @@ if __name__ == "__main__":
         "save_every": args.save_every,
         "snapshot_every": args.snapshot_every,
     }
-    options |= dict([args.option]) if args.option else {}
+    options |= {name: int(value) if value.isdigit() else value for name, value in args.option}
+    if "keep_best" in options:
+        options["keep_best"] = dtrain.Best(options["keep_best"])
     try:
         config = dtrain.Config(**options)
     except ConfigError as error:

@@ -10,13 +10,18 @@ could ask is called off there by an empty report; so nobody waits for what can't
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import cast
 
 import torch.distributed as dist
+
+from dtrain.checkpoint.machine import alive, machine
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Agreement:
         self._timeout = timedelta(seconds=timeout_s)
         self._store = connect()
         self._aside = connect()
+        self._store.set(f"process/{rank}", json.dumps([machine(), os.getpid()]))
         self._sent = ""
         self._layouts: dict[int, tuple[str, str, str]] = {}
         self._done: list[str] = []
@@ -136,12 +142,21 @@ class Agreement:
         """
         self._store.set(f"last/{self.rank}", json.dumps(list(mine)))
         keys = [f"last/{rank}" for rank in range(self.world_size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=timeout_s))
-        except dist.DistStoreError:
-            return None
+        deadline = time.monotonic() + timeout_s
+        while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+            if time.monotonic() > deadline or any(map(self._is_gone, missing)):
+                return None
+            with contextlib.suppress(dist.DistStoreError):
+                self._store.wait([keys[rank] for rank in missing], timedelta(seconds=0.1))
         have = [{(generation, number) for generation, number in json.loads(data)} for data in self._get(keys)]
         return max(set.intersection(*have), default=None)
+
+    def _is_gone(self, rank: int) -> bool:
+        """Whether a rank's process is known to have died, on this machine: whoever waits for it waits in vain."""
+        if not self._store.check([f"process/{rank}"]):
+            return False
+        where, pid = json.loads(self._store.get(f"process/{rank}"))
+        return where == machine() and not alive(pid)
 
     def call_off(self, save: str, why: str) -> None:
         """End a save that this rank can't take part in any more, if it is under way on the others."""

@@ -7,7 +7,6 @@ otherwise: all ranks must reach it.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
 from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest, Part
 from dtrain.checkpoint.log import Log
+from dtrain.checkpoint.machine import machine
 from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
@@ -146,9 +146,9 @@ class Manager:
         """Load the newest snapshot that all ranks have, unless there is a checkpoint of a later step."""
         mine = {(found.generation, found.number): asdict(found) for found in self._slots.whole()}
         ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (_machine(), mine))
+        dist.all_gather_object(ranks, (machine(), mine))
         common = set(mine).intersection(*(theirs for _, theirs in ranks))
-        if not common or len({machine for machine, _ in ranks}) > 1:
+        if not common or len({where for where, _ in ranks}) > 1:
             return None
         parts = [Snapshot(**theirs[max(common)]) for _, theirs in ranks]
         if parts[0].step < committed:
@@ -242,8 +242,3 @@ def on_all_ranks(work: Callable[[], object], expected: tuple[type[Exception], ..
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), "")
-
-
-def _machine() -> str:
-    """Tells machines apart, and containers, whose processes can't see each other's memory."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.checkpoint.format import digest, json_text
 from dtrain.checkpoint.layout import Layout
+from dtrain.checkpoint.machine import available_bytes
 from dtrain.checkpoint.plan import local_items, local_part
 from dtrain.checkpoint.tree import encode, flatten
 
@@ -348,17 +349,3 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], steady: list
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def available_bytes() -> int:
-    """Memory that this process can still have: the machine's, or what its container is left with."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-    for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # no limit here: the file isn't there, or says "max"
-            used = int((folder / "memory.current").read_text())
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            limit = int((folder / "memory.max").read_text())
-            free = min(free, limit - used + int(statistics["inactive_file"]))
-    return free

@@ -216,6 +216,8 @@ class Supervisor:
         place = self._placement
 
         def work() -> int:
+            # torchrun sends it to all that a supervisor has forked; the supervisor says when there is nothing to save.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             os.nice(_SAVERS_NICENESS)
             saver = Saver.of(self._config, group.savers_store, place.rank, place.world_size, self._slots)
             serve(self._savers_end, saver, self._slots.board)

@@ -245,6 +245,7 @@ class Run:
                     f"{self._schedule.skipped} checkpoints were not made, as the one before was still being written: "
                     "save_every is shorter than a save takes"
                 )
+                self._schedule.skipped = 0
         if self._progress is not None:
             self._progress.close()
         if self._metrics is not None:
