@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +151,16 @@ def test_a_user_without_the_permission_to_write_is_refused_with_a_remedy(tmp_pat
     assert message == (
         f"dir='{tmp_path}/run' can't be written to (Permission denied); choose another folder or mend its permissions"
     )
+
+
+@pytest.mark.parametrize("shift", [0, 1, 64])
+def test_what_is_written_past_the_page_cache_is_the_same_from_any_place_in_memory(tmp_path: Path, shift: int) -> None:
+    """A disk may take whole pages from whole pages alone; what is left of them is copied."""
+    storage = LocalStorage(str(tmp_path))
+    memory = memoryview(mmap.mmap(-1, 9 << 20))
+    memory[:] = random.Random(1).randbytes(len(memory))
+    parts = [memory[shift : shift + (3 << 20)], memory[:100], memory[4096 : 4096 + (2 << 20) + 5], memory[-(2 << 20) :]]
+    with storage.open_new("file") as sink:
+        for part in parts:
+            sink.write(part)
+    assert (tmp_path / "file").read_bytes() == b"".join(map(bytes, parts))

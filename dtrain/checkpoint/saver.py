@@ -34,7 +34,7 @@ from dtrain.observe.events import Events
 from dtrain.storage.base import Sink
 from dtrain.storage.local import LocalStorage
 
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 32 << 20
 _LAST = 1 << 40
 """The number of a save that no trainer has asked for."""
 

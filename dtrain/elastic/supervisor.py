@@ -42,7 +42,7 @@ _VICTIM_WAIT_S = 0.25
 _LAST_SAVE_WAIT_S = 2.0
 """When a run ends for good, the newest snapshot is saved, if all ranks' savers come to it within so long. Not all do
 where torchrun ends the processes because one of them has died, and it waits for the others to be gone."""
-_SAVERS_NICENESS = 10
+_SAVERS_NICENESS = 15
 """The training goes first."""
 _MOST_DEATHS = 5
 """Of savers, within a minute."""

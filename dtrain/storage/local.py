@@ -8,8 +8,9 @@ pages, and a second fsync would report success.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
+import fcntl
+import mmap
 import os
 import shutil
 import threading
@@ -27,11 +28,10 @@ _ABANDONED_S = 600.0
 _MOST_BUFFERS = 1024
 """The kernel's limit on the buffers of one `preadv` (IOV_MAX)."""
 
-_BEGIN_BYTES = 8 << 20
-"""So much is handed to the disk at once."""
+_DIRECT_BYTES = 1 << 20
+"""Less than this isn't worth a way of its own to the disk."""
 
-_SYNC_FILE_RANGE_WRITE = 2
-_libc = ctypes.CDLL(None)
+_PAGE = mmap.PAGESIZE
 
 
 class LocalStorage:
@@ -163,23 +163,48 @@ class LocalStorage:
 
 
 class _Whole:
-    """`write` may take less than it is given; this takes all or raises."""
+    """`write` may take less than it is given; this takes all or raises.
+
+    Large parts go past the page cache (O_DIRECT), from the caller's memory to the disk. To copy them into the cache
+    would take the processors away from a training that needs them all: on two busy cores, 2 GiB took 27 seconds that
+    way, and 1.2 past it. Where a file system or a buffer's place in memory doesn't allow it, they are copied.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._written = self._begun = 0
+        self._written = 0
+        self._direct = False
+        self._refused = False
 
     def write(self, data: Buffer) -> None:
         left = memoryview(data).cast("B")
         while left:
-            taken = os.write(self._descriptor, left)
+            part = left
+            if left.nbytes >= _DIRECT_BYTES and self._written % _PAGE == 0 and self._pass_by(True):
+                part = left[: left.nbytes // _PAGE * _PAGE]
+            else:
+                self._pass_by(False)
+            try:
+                taken = os.write(self._descriptor, part)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._refused = True
+                continue
             left = left[taken:]
             self._written += taken
-        if self._written - self._begun >= _BEGIN_BYTES:
-            # The disk begins now, while more is written. An error is one that fsync tells of in the end.
-            length = ctypes.c_int64(self._written - self._begun)
-            _libc.sync_file_range(self._descriptor, ctypes.c_int64(self._begun), length, _SYNC_FILE_RANGE_WRITE)
-            self._begun = self._written
+
+    def _pass_by(self, direct: bool) -> bool:
+        """Have what comes next go past the page cache, or not. :returns: whether it will."""
+        direct = direct and not self._refused
+        if direct != self._direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            try:
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+                self._direct = direct
+            except OSError:
+                self._refused = True
+        return self._direct
 
 
 def _make_folder(folder: Path) -> None:
