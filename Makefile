@@ -40,9 +40,11 @@ lint: venv  ## check style, types, shell scripts and the Dockerfile
 faults: venv  ## run the long kill campaign
 	$(BIN)/python -m tests.campaign $(ARGS)
 
-bench: venv  ## measure the cost of a step and the time of a recovery
+bench: venv  ## measure steps, recoveries and checkpoints beside others (half an hour)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean:  ## remove everything that the targets above made, .venv too
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -8,7 +8,8 @@ the machine does falls on all; a figure is the median of the rounds, and of seve
 - stall: from the call of save until weights may change again, the building of the state dict counted in. The limit
   is a copy of the rank's bytes into memory that is warm, by one thread.
 - durable: from the call until all ranks' bytes are synced. The limit is a plain write with fsync, a file a rank.
-- load: into the training's own tensors. The limit is a plain read. Files are in the page cache for both.
+- load: into the training's own tensors. The limit is a plain read. Files are in the page cache for all: dtrain's
+  writes go past it, so every engine's files are read once before.
 - beside: how much slower steps of 50 ms become while a save is under way.
 - memory: the peak beyond the training's own while saving to disk, of all processes: anonymous memory, memory that
   they share, and files in tmpfs.
@@ -21,32 +22,25 @@ the machine does falls on all; a figure is the median of the rounds, and of seve
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import logging
 import os
-import pickle
 import platform
-import select
 import shutil
-import signal
-import socket
 import statistics
 import sys
 import tempfile
 import time
-import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import tyro
+from checkpoint_dtrain import Dtrain
+from checkpoint_options import PARTS, Options
 from checkpoint_peers import (
     AsyncSave,
     CachedAsyncSave,
@@ -58,125 +52,14 @@ from checkpoint_peers import (
     Training,
 )
 from checkpoint_planning import print_planning
-
-from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.channel import Remote, send, serve
-from dtrain.checkpoint.format import MANIFEST
-from dtrain.checkpoint.log import Log
-from dtrain.checkpoint.manager import Manager
-from dtrain.checkpoint.reader import load_tensors, read_manifest
-from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots, Snapshots
-from dtrain.checkpoint.state import State
-from dtrain.checkpoint.tree import flatten
-from dtrain.config import Config
-from dtrain.elastic.process import Child, fork
-from dtrain.observe.events import Events
-from dtrain.storage.local import LocalStorage
+from checkpoint_report import Beside, Figures, Promises, judge_rounds, print_beside, print_memory, print_rounds
+from checkpoint_world import MIB, Memory, World, available_mib
 
 T = TypeVar("T")
 
-MIB = 1 << 20
 STEP_S = 0.05
 SETTLE_S = 0.5
 """Before a load, for what engines do after a save that nobody waits for, such as to delete an older one."""
-PARTS = ("stall", "durable", "load", "beside", "memory", "planning")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Measure saving and loading; lists are given with commas."""
-
-    sizes: str = "256,2048"
-    """MiB of state, over all ranks together."""
-
-    ranks: str = "1,2"
-    """Processes."""
-
-    targets: str = "memory,disk"
-    """Where it is saved: `memory` is a folder in /dev/shm, `disk` one in `--disk`."""
-
-    disk: Path = Path(tempfile.gettempdir())
-    """A folder on a real disk; what is written there is deleted again."""
-
-    rounds: int = 3
-    """Saves and loads by each, after one that isn't counted."""
-
-    parts: str = ",".join(PARTS)
-    """What to measure."""
-
-    layout: str = "sharded"
-    """`sharded` or `replicated`, with two ranks and more."""
-
-    quick: bool = False
-    """256 MiB, one rank, and the disk only; without the planning."""
-
-
-class Dtrain:
-    """dtrain's own row: the engine as it runs under a supervisor, a process for each rank's saver."""
-
-    def __init__(self, training: Training, folder: Path) -> None:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        self._folder = folder
-        self._storage, events = LocalStorage(str(folder)), Events(str(folder))
-        self._state = State()
-        self._state.track({"model": training.model, "optimizer": training.optimizer})
-        config = Config(dir=str(folder), global_batch=1, micro_batch=1, keep_last=2)
-        self._slots, self._step = Slots(), 0
-        snapshots = Snapshots(
-            self._slots,
-            rank=rank,
-            world_size=world_size,
-            local_world_size=world_size,
-            generation=0,
-            spill=str(folder),
-            say=events.warn,
-        )
-        name = [uuid.uuid4().hex]
-        dist.broadcast_object_list(name)
-
-        def connect() -> dist.Store:
-            return dist.PrefixStore(f"savers/{name[0]}", dist.distributed_c10d._get_default_store())
-
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-        def work() -> int:
-            os.nice(15)  # as a supervisor does it
-            serve(theirs, Saver.of(config, connect, rank, world_size, self._slots), self._slots.board)
-            return 0
-
-        self._process = fork(work)
-        client = Remote(self._ours, self._slots.board, 0)
-        self._manager = Manager(self._storage, client, self._slots, snapshots, events)
-        self._manager.claim()
-
-    def save(self, training: Training) -> float:
-        started = time.perf_counter()
-        self._step += 1
-        self._manager.save(self._state, self._step, {"step": self._step})
-        return time.perf_counter() - started
-
-    def under_way(self) -> bool:
-        return self._manager.busy
-
-    def wait(self) -> None:
-        self._manager.wait()
-
-    def drop(self) -> None:
-        pass  # the newest two are kept, as in a run
-
-    def load(self, training: Training) -> None:
-        log = Log(self._storage)
-        log.refresh()
-        commit = log.commits()[-1]
-        folder = f"{CHECKPOINTS}/{commit.attempt}"
-        _, manifest = read_manifest(self._storage, folder, MANIFEST, commit.manifest)
-        leaves = {name: leaf for name, (_, leaf) in flatten(self._state.tree({})).items()}
-        load_tensors(self._storage, folder, manifest, {name: leaves[name] for name in manifest.tensors})
-
-    def close(self) -> None:
-        send(self._ours, do="end")
-        self._process.wait()
 
 
 ENGINES: dict[str, Callable[[Training, Path], Engine]] = {
@@ -194,29 +77,6 @@ APART = ("  stager kept, process", "torch_checkpointing")
 IN_BACKGROUND = tuple(name for name in ENGINES if name != "dcp.save")
 BRIEFLY = ("dtrain", "  stager kept, thread")
 """The engines that a quick run looks at beside steps, and whose memory it takes."""
-
-
-@dataclass
-class Figures:
-    """What one engine, or the limits, needed in each round, in seconds; of all ranks the slowest."""
-
-    stall: list[float] = field(default_factory=list)
-    """Of the limits: the copy; `durable` and `load` are then the plain write and read."""
-    durable: list[float] = field(default_factory=list)
-    load: list[float] = field(default_factory=list)
-    read_bytes: list[int] = field(default_factory=list)
-    """By each rank in a load, as the kernel counts what was read from files; mapped files don't count."""
-    remark: str = ""
-
-
-@dataclass
-class Beside:
-    """Steps beside a save, of the slowest rank."""
-
-    slower: float
-    """1 is twice as slow."""
-    save_s: float
-    steps: int
 
 
 class Rank:
@@ -237,7 +97,7 @@ class Rank:
         figures = {name: Figures() for name in ("limit", *engines)}
         plain = root / f"plain.{dist.get_rank()}"
         for number in range(self._o.rounds + 1):
-            for name, engine in engines.items():
+            for place, (name, engine) in enumerate(engines.items()):
                 self._say(f"{target}, round {number} of {self._o.rounds}: {name.strip()}")
                 taken = figures[name]
                 dist.barrier()
@@ -249,10 +109,10 @@ class Rank:
                 taken.durable.append(durable)
                 if isinstance(engine, TorchCheckpointing):
                     taken.remark = f"no fsync; save returns after {1e3 * engine.returned_s:.0f} ms of it"
-                if name in LOADS and wanted(self._o, "load"):
+                if name in LOADS and self._o.wanted("load"):
                     time.sleep(SETTLE_S)
                     if dist.get_rank() == 0:
-                        warm(root)
+                        warm(root / str(place))
                     training.blank()
                     before = bytes_read()
                     taken.load.append(self._timed(partial(engine.load, training)))
@@ -375,219 +235,6 @@ def one_step() -> Callable[[], float]:
     return partial(work, count)
 
 
-def wanted(o: Options, *parts: str) -> bool:
-    return any(part in o.parts.split(",") for part in parts)
-
-
-class World:
-    """Forks ranks, and sees to it that nothing of them is left: no process, no file."""
-
-    def __init__(self, roots: list[Path]) -> None:
-        self._roots = roots
-        # What a rank has started becomes ours when the rank ends, so that it can be found.
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-    def run(
-        self, ranks: int, work: Callable[[Callable[[str], None]], Any], each: Callable[[], None] | None = None
-    ) -> Any:
-        """What `work` returned on rank 0. :param each: is called again and again meanwhile."""
-        children: list[Child] = []
-        store = tempfile.mkdtemp(dir=self._roots[0])
-        end, start = os.pipe()
-        log = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            for rank in range(ranks):
-                child = fork(partial(self._rank, rank, ranks, store, work, start, log.fileno()))
-                children.append(child)  # one by one: if a fork fails, those before it are ended
-            os.close(start)
-            data, running = b"", list(children)
-            while True:
-                ready, _, _ = select.select([end, *(child.pidfd for child in running)], [], [], 0.05)
-                part = os.read(end, 1 << 20) if end in ready else b""
-                data += part
-                ended = end in ready and not part  # all ranks have closed it
-                done = [child for child in running if ended or child.pidfd in ready]
-                running = [child for child in running if child not in done]
-                codes = [child.wait() for child in done]
-                if any(codes):
-                    log.seek(0)
-                    sys.exit(f"{log.read().decode(errors='replace')[-4000:]}\na rank has failed, see above")
-                if ended:
-                    return pickle.loads(data)
-                if each is not None:
-                    each()
-        finally:
-            for child in children:
-                child.kill()
-            end_descendants()
-            os.close(end)
-            log.close()
-            for root in self._roots:
-                for path in root.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    @staticmethod
-    def _rank(rank: int, ranks: int, store: str, work: Callable[..., Any], start: int, log: int) -> int:
-        terminal = os.fdopen(os.dup(2), "w")
-        os.dup2(log, 2)  # the peers and what they start say much; it is shown when a rank fails
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        torch.set_num_threads(1)
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(rank)
-            backend = "cpu:gloo,cuda:nccl"
-        found = dist.FileStore(f"{store}/store", ranks)
-        dist.init_process_group(backend, store=found, rank=rank, world_size=ranks)
-        begun = time.monotonic()
-
-        def say(text: str) -> None:
-            if rank == 0 and terminal.isatty():
-                terminal.write(f"\r\033[K{time.monotonic() - begun:4.0f} s  {text}\r")
-                terminal.flush()
-
-        outcome = work(say)
-        say("")
-        if rank == 0:
-            with os.fdopen(start, "wb") as file:
-                file.write(pickle.dumps(outcome))
-        return 0
-
-
-def children_of(pid: int) -> list[int]:
-    found: list[int] = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with suppress(OSError):
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
-def end_descendants() -> None:
-    """Of this process. Those of a process that is killed become its own."""
-    while children := children_of(os.getpid()):
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-class Memory:
-    """Samples what this process and all below it hold: anonymous memory, and memory that is a file in tmpfs."""
-
-    def __init__(self) -> None:
-        self._samples: list[tuple[float, int]] = []
-
-    def sample(self) -> None:
-        anonymous, shared = 0, dict[tuple[int, int], int]()
-        pids = [os.getpid()]
-        for pid in pids:
-            pids += children_of(pid)
-            with suppress(OSError):
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                anonymous += sum(1024 * int(line.split()[1]) for line in rollup.splitlines() if "Pss_Anon:" in line)
-                for path in self._tmpfs_files(pid):
-                    with suppress(OSError):
-                        status = os.stat(path)
-                        shared[status.st_dev, status.st_ino] = 512 * status.st_blocks
-        self._samples.append((time.monotonic(), anonymous + sum(shared.values())))
-
-    def grown(self, quiet: float, started: float, ended: float) -> int:
-        """The peak between `started` and `ended`, beyond what there was between `quiet` and `started`."""
-        before = [held for at, held in self._samples if quiet < at < started]
-        return max(held for at, held in self._samples if started < at < ended) - min(before)
-
-    @staticmethod
-    def _tmpfs_files(pid: int) -> Iterator[str]:
-        """By paths through which they can be looked at, whether they still have a name or not."""
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if any(place in line for place in ("/dev/shm/", "/memfd:", "/dev/zero")):
-                yield f"/proc/{pid}/map_files/{line.split()[0]}"
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(OSError):
-                if os.readlink(link).startswith(("/dev/shm/", "/memfd:", "/dev/zero")):
-                    yield str(link)
-
-
-class Promises:
-    """What is promised, and whether it is kept everywhere."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[tuple[str, float, float]]] = {}
-
-    def add(self, what: str, where: str, value: float, bound: float) -> None:
-        """:param bound: the most that the value may be; the least, where `what` says so by a `>=`."""
-        self._found.setdefault(what, []).append((where, value, bound))
-
-    def print(self) -> None:
-        print("\npromised of dtrain" + " " * 49 + "kept in      worst")
-        for what, found in self._found.items():
-            sign = -1 if ">=" in what else 1
-            kept = [sign * value <= sign * bound for _, value, bound in found]
-            where, value, _ = max(found, key=lambda one: sign * one[1] / one[2])
-            print(f"{what:66} {f'{sum(kept)} of {len(kept)}':9} {value:7.2f} in {where}".rstrip())
-
-
-def middle(times: list[float]) -> float:
-    return statistics.median(times) if times else float("nan")
-
-
-def print_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes: int) -> None:
-    limit = figures["limit"]
-    copy, write, read = middle(limit.stall), middle(limit.durable), middle(limit.load)
-    gb = nbytes / 1e9
-    print(f"\n{where}: medians of {o.rounds}; ratios to the limits copy, plain write with fsync, plain read")
-    print(f"{'':24}{'stall, ms':>10}{'/ copy':>8}{'durable, s':>12}{'GB/s':>7}{'/ write':>9}", end="")
-    print(f"{'load, s':>9}{'GB/s':>7}{'/ read':>8}  {'bytes read by a rank':20}")
-    for name, taken in figures.items():
-        stall, durable, load = middle(taken.stall), middle(taken.durable), middle(taken.load)
-        print(f"{name:24}{1e3 * stall:10.1f}{stall / copy:8.2f}", end="")
-        print(f"{durable:12.3f}{gb / durable:7.2f}{durable / write:9.2f}", end="")
-        if taken.load:
-            print(f"{load:9.3f}{gb / load:7.2f}{load / read:8.2f}", end="")
-            print("  " + ", ".join(f"{100 * b / nbytes:.0f}%" for b in taken.read_bytes), end="")
-        print(f"  ({taken.remark})" if taken.remark else "", flush=True)
-
-
-def judge_rounds(o: Options, where: str, figures: Mapping[str, Figures], nbytes: int, promises: Promises) -> None:
-    limit, ours = figures["limit"], figures["dtrain"]
-    copy, write, read = middle(limit.stall), middle(limit.durable), middle(limit.load)
-    stall = middle(ours.stall)
-    if wanted(o, "stall"):
-        kept = min(middle(figures[name].stall) for name in figures if "kept" in name)
-        promises.add("stall / copy <= 1.5", where, stall / copy, 1.5)
-        promises.add("stall / async_save's with a stager kept <= 0.6", where, stall / kept, 0.6)
-        promises.add("stall / async_save's <= 0.25", where, stall / middle(figures["dcp.async_save"].stall), 0.25)
-    if wanted(o, "durable"):
-        promises.add("speed of durable save / plain write's >= 0.85", where, write / middle(ours.durable), 0.85)
-    if wanted(o, "load"):
-        promises.add("speed of load / plain read's >= 0.7", where, read / middle(ours.load), 0.7)
-        stock = middle(figures["dcp.save"].load)
-        promises.add("speed of load / dcp.load's >= 3", where, stock / middle(ours.load), 3.0)
-        if len(ours.read_bytes) > 1 and o.layout == "sharded":
-            share = max(ours.read_bytes) * len(ours.read_bytes) / nbytes
-            promises.add("bytes read by a rank / its own <= 1.05", where, share, 1.05)
-
-
-def print_beside(where: str, found: Mapping[str, Beside | None], promises: Promises) -> None:
-    print(f"\n{where}: steps of {1e3 * STEP_S:.0f} ms while a save is under way")
-    for name, one in found.items():
-        text = "saves in the foreground alone"
-        if one is not None:
-            text = f"{100 * one.slower:6.1f}% slower   save takes {one.save_s:6.2f} s   ({one.steps} steps)"
-        print(f"{name:24}{text}", flush=True)
-    if (ours := found["dtrain"]) is not None:
-        promises.add("slowdown of steps beside a save, % <= 10", where, 100 * ours.slower, 10)
-
-
-def print_memory(where: str, grown: Mapping[str, int], nbytes: int, ranks: int, promises: Promises) -> None:
-    print(f"\n{where}: peak memory beyond the training's own, while saving")
-    for name, held in grown.items():
-        print(f"{name:24}{held / MIB:8.0f} MiB = {held / nbytes:5.2f} x the state", flush=True)
-    bound = 2 * nbytes / MIB + 64 * ranks
-    promises.add("peak memory / (two snapshots and 64 MiB a rank) <= 1", where, grown["dtrain"] / MIB / bound, 1.0)
-
-
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -609,7 +256,7 @@ def main(o: Options) -> None:
             check_room(o, mib)
             nbytes = mib * MIB
             size = f"{mib} MiB, {ranks} rank{'s' if ranks > 1 else ''}"
-            if wanted(o, "stall", "durable", "load"):
+            if o.wanted("stall", "durable", "load"):
                 for target in o.targets.split(","):
                     figures: dict[str, Figures] = {}
                     for together in turns(mib):
@@ -618,10 +265,10 @@ def main(o: Options) -> None:
                         figures = found | figures  # dtrain is held against the limits that were measured beside it
                     judge_rounds(o, f"{size}, {target}", figures, nbytes, promises)
             last = o.targets.split(",")[-1]
-            if wanted(o, "beside"):
+            if o.wanted("beside"):
                 found = world.run(ranks, partial(beside, o, mib, roots[last]))
                 print_beside(f"{size}, {last}", found, promises)
-            if wanted(o, "memory"):
+            if o.wanted("memory"):
                 grown = {}
                 # The peers' grows with the size, and is measured with the smallest alone.
                 names = BRIEFLY if o.quick else ENGINES if mib == min(numbers(o.sizes)) else ("dtrain",)
@@ -631,18 +278,13 @@ def main(o: Options) -> None:
                     times = world.run(ranks, work, memory.sample)
                     grown[name] = memory.grown(*times)
                 print_memory(f"{size}, disk", grown, nbytes, ranks, promises)
-        if wanted(o, "planning"):
+        if o.wanted("planning"):
             print_planning(promises.add, roots["disk"])
         promises.print()
         print(f"\n{time.monotonic() - began:.0f} s in all")
     finally:
         for root in roots.values():
             shutil.rmtree(root, ignore_errors=True)
-
-
-def available_mib() -> int:
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) // 1024
 
 
 def turns(mib: int) -> list[list[str]]:

@@ -39,6 +39,8 @@ TARGETS: tuple[tuple[int, bool, Kill], ...] = (
     (3, False, lambda job, dice: kills.trainers(job, dice, dice.randint(1, job.ranks))),
     (4, False, lambda job, dice: kills.in_a_save(job, dice, any_rank(job, dice))),
     (2, False, lambda job, dice: kills.in_a_save(job, dice, *range(job.ranks))),
+    (2, False, lambda job, dice: kills.in_a_save(job, dice, any_rank(job, dice), savers=True)),
+    (2, False, lambda job, dice: kills.a_saver(job, dice, any_rank(job, dice))),
     (2, False, lambda job, dice: kills.after_the_fork(job, dice, any_rank(job, dice))),
     (2, False, lambda job, dice: kills.before_its_first_step(job, dice, any_rank(job, dice))),
     (2, False, lambda job, dice: kills.a_supervisor(job, dice, any_rank(job, dice))),
