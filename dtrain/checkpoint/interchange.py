@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dtrain.checkpoint.format import TensorItem
-from dtrain.checkpoint.layout import _Sparse
+from dtrain.checkpoint.layout import Sparse
 from dtrain.checkpoint.sources import SAFETENSORS_TYPES, Source
 from dtrain.checkpoint.tree import Tree, decode, dtype_named, flatten
 from dtrain.errors import ConfigError, StateError
@@ -201,12 +201,12 @@ def _torch_save(file: str, items: Mapping[str, TensorItem], tree: Tree, converte
         return value
 
     whole = decode(tree, lambda name: cast(torch.Tensor, _Reference(items[name])))
-    sparse = _Sparse()
+    sparse = Sparse()
     # Fake tensors take no memory, whatever their size.
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(plain(whole, ""), cast(IO[bytes], sparse))
     parts: list[tuple[int, bytearray]] = []
-    for offset, data in sorted(sparse._written):
+    for offset, data in sorted(sparse.written):
         if parts and parts[-1][0] + len(parts[-1][1]) == offset:
             parts[-1][1].extend(data)
         else:

@@ -127,7 +127,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 @lru_cache(maxsize=4096)
 def frame_of(dtype: torch.dtype, sizes: tuple[int, ...]) -> Frame:
     """The frame that `torch.save` makes for a contiguous tensor, without the memory that the tensor would take."""
-    file = _Sparse()
+    file = Sparse()
     with torch.serialization.skip_data():
         torch.save(torch.empty(sizes, dtype=dtype), cast(IO[bytes], file))
     size = dtype.itemsize * torch.Size(sizes).numel()
@@ -145,17 +145,17 @@ def frame_of(dtype: torch.dtype, sizes: tuple[int, ...]) -> Frame:
     return Frame(head, file.read())
 
 
-class _Sparse(io.RawIOBase):
+class Sparse(io.RawIOBase):
     """A file in memory whose holes take no room."""
 
     def __init__(self) -> None:
-        self._written: list[tuple[int, bytes]] = []
+        self.written: list[tuple[int, bytes]] = []
         self._at = 0
         self._end = 0
 
     def write(self, data: Any) -> int:
         part = bytes(data)
-        self._written.append((self._at, part))
+        self.written.append((self._at, part))
         self._at += len(part)
         self._end = max(self._end, self._at)
         return len(part)
@@ -170,7 +170,7 @@ class _Sparse(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         stop = self._end if size is None or size < 0 else min(self._end, self._at + size)
         found = bytearray(max(0, stop - self._at))
-        for start, part in self._written:
+        for start, part in self.written:
             low, high = max(start, self._at), min(start + len(part), stop)
             if low < high:
                 found[low - self._at : high - self._at] = part[low - start : high - start]

@@ -22,7 +22,7 @@ from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest, Part
 from dtrain.checkpoint.log import Log
 from dtrain.checkpoint.machine import machine
-from dtrain.checkpoint.reader import load_tensors
+from dtrain.checkpoint.reader import load_shared, load_tensors
 from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
@@ -191,9 +191,8 @@ class Manager:
             started = time.monotonic()
             targets = state.targets(manifest)
             folder = f"{CHECKPOINTS}/{commit.attempt}"
-            problem = on_all_ranks(
-                functools.partial(load_tensors, self._storage, folder, manifest, targets), (Damaged,)
-            )
+            read = load_shared if torch.cuda.is_initialized() else load_tensors
+            problem = on_all_ranks(functools.partial(read, self._storage, folder, manifest, targets), (Damaged,))
             if problem:
                 from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem))
                 continue

@@ -72,19 +72,19 @@ def load_tensors(
 def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> int:
     """As `load_tensors`, but what all ranks hold whole is read by one of them and sent to the others.
 
-    Worth it where the ranks reach each other faster than the storage: GPUs joined by NCCL, and a disk that all share.
-    On one machine, with gloo, every rank reads faster than it is sent anything. All ranks must reach this, with the
-    same names.
+    Worth it where the ranks reach each other faster than the storage, as GPUs that NCCL joins: with GPUs, it is what
+    lies on them that is sent. With gloo, every rank reads faster than it is sent anything. All ranks must reach this,
+    with the same names.
 
     :returns: how many bytes this rank has read.
     :raises Damaged: on all ranks, if one of them has found something.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    nccl = dist.get_backend() == "nccl"
+    gpus = torch.cuda.is_initialized()
     shared = {
         name: target.detach()
         for name, target in sorted(targets.items())
-        if not isinstance(target, DTensor) and target.is_contiguous() and target.is_cuda == nccl and target.numel()
+        if not isinstance(target, DTensor) and target.is_contiguous() and target.is_cuda == gpus and target.numel()
     }
     # The largest first, one to each rank by turns.
     owners = {name: turn % world for turn, name in enumerate(sorted(shared, key=lambda name: -shared[name].nbytes))}
