@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dtrain.checkpoint import plan, snapshot
+from dtrain.checkpoint import copying, plan, snapshot
 from dtrain.checkpoint.snapshot import Slots
 from tests.evidence import committed
 from tests.saving import Background, Kept, Saver, bits, commits, warnings
@@ -208,3 +208,13 @@ def test_the_plan_is_made_once_while_the_structure_stays(tmp_path: Path, monkeyp
         return len(made)
 
     assert alone(work) == 1
+
+
+def test_several_threads_copy_the_same_bits_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_COPY_BYTES", 1000)
+    sources = [torch.randn(size) for size in (7, 500, 0, 30, 2000, 1, 499)]
+    targets = [torch.zeros_like(source) for source in sources]
+    assert copying.copy(targets, sources, [True] * len(sources), threads=3) is None
+    assert all(bits(target) == bits(source) for target, source in zip(targets, sources, strict=True))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        copying.copy(targets, [*sources[:-1], torch.zeros(3)], [True] * len(sources), threads=3)

@@ -25,11 +25,11 @@ def local_items(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int)
         DTensor is this rank's part of one.
     :raises StateError: a tensor holds sums that are still to be added up over the ranks.
     """
-    owners = _owners({name: t for name, t in tensors.items() if not isinstance(t, DTensor)}, world_size)
+    turns = owners({name: t for name, t in tensors.items() if not isinstance(t, DTensor)}, world_size)
     return [
         item
         for name, tensor in tensors.items()
-        if (_writes_shard(name, tensor) if isinstance(tensor, DTensor) else owners[name] == rank)
+        if (_writes_shard(name, tensor) if isinstance(tensor, DTensor) else turns[name] == rank)
         for item in dcp_helpers._create_write_items(name, tensor)
     ]
 
@@ -39,8 +39,11 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # to_local() takes 10 microseconds
 
 
-def _owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
-    """The rank that writes each of the tensors that all ranks hold: the largest first, to who has the least."""
+def owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, int]:
+    """The rank that writes each of the tensors that all ranks hold: the largest first, to who has the least.
+
+    Just as well, the thread that copies each.
+    """
     load = [(0, rank) for rank in range(world_size)]
     owners = {}
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):

@@ -21,13 +21,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from dtrain.checkpoint.copying import copy
 from dtrain.checkpoint.format import digest, json_text
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.machine import available_bytes
@@ -182,7 +182,8 @@ class Snapshots:
         slot.whole = 0
         names = [place.name for place in self._layout.places]
         sources = [local_part(tensors[name]).detach() for name in names]
-        copied = _copy(mapped.views, sources, [name in steady for name in names])
+        threads = len(os.sched_getaffinity(0)) // self._local_world_size
+        copied = copy(mapped.views, sources, [name in steady for name in names], threads)
         self._number += 1
         slot.generation, slot.number, slot.step, slot.size = self._generation, self._number, step, self._layout.size
         mapped.write_meta(self._meta(texts, step))
@@ -322,30 +323,3 @@ class _Mapped:
     def write_meta(self, meta: dict[str, Any]) -> None:
         os.ftruncate(self._file.fileno(), self._size)
         os.pwrite(self._file.fileno(), json_text(meta).encode(), self._size)
-
-
-def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], steady: list[bool]) -> torch.cuda.Event | None:
-    """Copy tensors into memory. :returns: what to wait for, if it isn't done yet."""
-    devices = {source.device for source in sources if source.is_cuda}
-    if not devices:
-        if sources:
-            torch._foreach_copy_(targets, sources)
-        return None
-    (device,) = devices
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(main)
-    for target, source, late in zip(targets, sources, steady, strict=True):
-        # What the next forward pass changes, such as running means, is copied before it; all the rest beside it.
-        with torch.cuda.stream(side if late and source.is_cuda else main):
-            target.copy_(source, non_blocking=source.is_cuda)
-            if late and source.is_cuda:
-                source.record_stream(side)
-    side.wait_stream(main)
-    copied = torch.cuda.Event()
-    copied.record(side)
-    return copied
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
