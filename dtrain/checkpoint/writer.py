@@ -9,11 +9,13 @@ part (see `catalog`).
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import json
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -195,9 +197,10 @@ class Indexes:
         if key is None or key != self._key:
             self._tensors = self.merged(tensors)
             bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=b"")
-            manifest = Manifest.from_json(bare)
-            manifest.check_whole()
-            self._index = dcp_index(manifest)
+            with _no_collection():
+                manifest = Manifest.from_json(bare)
+                manifest.check_whole()
+                self._index = dcp_index(manifest)
             self._key = key
         data = Manifest.join(
             parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=self._index
@@ -217,18 +220,37 @@ class Indexes:
         return json_text(merged)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Among the millions of objects of a large index none is garbage, but looking for it would take twice the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def dcp_index(manifest: Manifest) -> bytes:
     """The file `.metadata` that stock DCP goes by."""
+    known: dict[tuple[int, ...], torch.Size] = {}
+
+    def size(numbers: Sequence[int]) -> torch.Size:
+        # The same object for the same numbers, which is pickled once.
+        key = tuple(numbers)
+        return known.setdefault(key, torch.Size(key))
+
     entries: dict[str, Any] = {}
     storage_data: dict[MetadataIndex, _StorageInfo] = {}
     for name, item in manifest.tensors.items():
         boxes = []
         for chunk in item.chunks:
-            offsets = torch.Size(chunk.offsets)
-            boxes.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+            offsets = size(chunk.offsets)
+            boxes.append(ChunkStorageMetadata(offsets, size(chunk.sizes)))
             storage_data[MetadataIndex(name, offsets)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
         properties = TensorProperties(dtype=dtype_named(item.dtype))
-        entries[name] = TensorStorageMetadata(properties, torch.Size(item.shape), boxes)
+        entries[name] = TensorStorageMetadata(properties, size(item.shape), boxes)
     for name, piece in manifest.values.items():
         entries[name] = BytesStorageMetadata()
         storage_data[MetadataIndex(name)] = _StorageInfo(piece.file, piece.offset, piece.length)
