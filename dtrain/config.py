@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ class Best:
     """How many of them."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ConfigError(f"Best({self.metric!r}) must be the name of a metric, such as 'val/loss'")
         if self.mode not in ("min", "max"):
             raise ConfigError(f"Best(mode={self.mode!r}) must be 'min' or 'max'")
         if not isinstance(self.k, int) or self.k < 1:
@@ -158,19 +161,22 @@ class Config:
                 f"global_batch={self.global_batch} is no multiple of micro_batch={self.micro_batch}; "
                 "a step is a list of whole micro-batches"
             )
-        if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s={self.timeout_s!r} must be above zero")
+        for name in ("timeout_s", "mtbf_hours"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value!r} must be a number above zero")
         Interval.parse(self.save_every)
         if Interval.parse(self.snapshot_every, "snapshot_every").unit == "epochs":
             raise ConfigError(f"snapshot_every={self.snapshot_every!r} takes steps, a time or 'auto'")
         if self.early_save not in ("wait", "skip"):
             raise ConfigError(f"early_save={self.early_save!r} must be 'wait' or 'skip'")
-        if not self.mtbf_hours > 0:
-            raise ConfigError(f"mtbf_hours={self.mtbf_hours!r} must be above zero")
-        if self.keep_every is not None and (not isinstance(self.keep_every, int) or self.keep_every < 1):
+        every = self.keep_every
+        if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ConfigError(f"keep_every={self.keep_every!r} must be a number of steps, 1 or more")
         if self.keep_for is not None and Interval.parse(self.keep_for, "keep_for").unit != "seconds":
             raise ConfigError(f"keep_for={self.keep_for!r} must be a time, such as '2h'")
+        if self.keep_best is not None and not isinstance(self.keep_best, Best):
+            raise ConfigError(f"keep_best={self.keep_best!r} must be a Best, such as dtrain.Best('val/loss', k=3)")
 
     @property
     def micro_batches(self) -> int:

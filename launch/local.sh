@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts the demo's training on this machine under plain torchrun, which starts the workers again
-# when one of them dies. What follows is handed to the training; --help lists what it takes.
+# Starts the demo's training on this machine under plain torchrun. A trainer that dies is replaced at
+# once by its supervisor, a supervisor that dies by torchrun. What follows is handed to the training; --help lists what it takes.
 #
 #   launch/local.sh [training arguments]
 #   NPROC=4 MAX_RESTARTS=3 launch/local.sh
 #
 # NPROC         workers to start (2)
-# MAX_RESTARTS  times they may be started again before the run is given up (10)
+# MAX_RESTARTS  times that torchrun may start them again before the run is given up (10)
 set -euo pipefail
 
 # The repository's own environment if it was made (make venv), else the python that is active.

@@ -7,7 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from dtrain.checkpoint.adopt import adopt
+from dtrain.checkpoint.sources import open_source
 from tests.jobs import children
 from tests.saving import commits, warnings
 from tests.scripts import Program, run, started
@@ -51,8 +55,10 @@ def test_a_checkpoint_that_is_due_during_another_is_skipped_or_waited_for(tmp_pa
         found = commits(tmp_path)
         assert found[-1] == 60, "the end is always saved"
         (said,) = [text for text in warnings(tmp_path) if "checkpoints were not made" in text]
-        assert said.startswith(f"{60 - len(found)} checkpoints")
-        assert 60 - len(found) >= 3
+        skipped = int(said.split()[0])
+        # One that was skipped at the last step is made up for by the one at the end.
+        assert skipped >= 3
+        assert 60 - len(found) in (skipped, skipped - 1)
 
 
 def saver_of(program: Program) -> int:
@@ -65,3 +71,24 @@ def test_the_best_by_a_metric_is_kept_beside_the_last(tmp_path: Path) -> None:
     options = ("--option", "keep_last", 2, "--option", "keep_best", "distance")
     assert run(tmp_path, "--steps", 8, "--best-step", 3, *options).code == 0
     assert commits(tmp_path) == [3, 7, 8]
+
+
+def test_a_metric_that_keep_best_goes_by_has_to_be_given(tmp_path: Path) -> None:
+    ended = run(tmp_path, "--best-step", 3, "--option", "keep_best", "val/loss")
+    assert ended.code == 1
+    assert "save(metrics={'distance': 2.0}): keep_best goes by 'val/loss', which is not among them" in ended.err
+    assert commits(tmp_path) == []
+
+
+def test_a_run_begins_with_imported_weights_and_an_optimizer_of_its_own(tmp_path: Path) -> None:
+    model = nn.Linear(8, 1)
+    nn.init.constant_(model.weight, 3.0)
+    nn.init.constant_(model.bias, -1.0)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    adopt(open_source(tmp_path / "weights.pt", name="model"), tmp_path / "run")
+    ended = run(tmp_path / "run", "--steps", 1, "--samples", 8)
+    assert ended.code == 0, ended.err
+    assert "restored step 0" in ended.err
+    samples = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    loss = model(samples).square().mean().item()
+    assert float(ended.out.split()[2]) == pytest.approx(loss, rel=1e-5)

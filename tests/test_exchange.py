@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dtrain.training.exchange import Exchange, Totals
 from dtrain.training.parallel import parallelize
-from tests.world import in_world
+from tests.world import in_world, outcomes
 
 CPU = torch.device("cpu")
 
@@ -84,3 +88,24 @@ def test_they_ride_with_one_of_several_models_or_alone_when_none_is_used() -> No
     for found in in_world(2, work):
         for totals in found:
             assert_equal(totals, total_of(2, counts))
+
+
+def test_a_rank_whose_peer_died_in_the_sum_does_not_go_on_alone() -> None:
+    def work(rank: int) -> str:
+        exchange = Exchange()
+        net = parallelize(model(), CPU, exchange)
+        exchange.send(1, 1.0, stop=False, action=0)
+        net(torch.ones(2, 8)).sum().backward()
+        exchange.depart()
+        assert exchange.totals().count == 2
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        exchange.send(1, 1.0, stop=False, action=0)
+        with pytest.raises(RuntimeError) as found:
+            net(torch.ones(2, 8)).sum().backward()
+        return str(found.value)
+
+    survivor, dead = outcomes(2, work)
+    assert "gloo" in survivor
+    assert dead == "ended with -9"

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -92,7 +93,9 @@ class Agreement:
         :param tensors: of the tensors' types and shapes.
         """
         if report.layout != self._sent and not report.error:
-            self._store.set(f"layout/{self.rank}", "\n".join((report.layout, items, tensors)))
+            # The store takes 8 MiB at most: packed, that is enough for hundreds of thousands of tensors a rank.
+            packed = zlib.compress("\n".join((report.layout, items, tensors)).encode(), 1)
+            self._store.set(f"layout/{self.rank}", cast(str, packed))
             self._sent = report.layout
         self._store.set(f"{save}/report/{self.rank}", cast(str, report.to_bytes()))  # takes both
 
@@ -111,16 +114,25 @@ class Agreement:
         # Who has reported this save has heard the outcome of the one before.
         for key in self._done:
             self._store.delete_key(key)
-        self._done = [*keys, f"{save}/attempt", f"{save}/outcome"]
+        self._done = [*keys, *(f"{save}/{what}" for what in ("attempt", "decided", "outcome"))]
         return found
 
     def layouts(self, reports: list[Report]) -> list[tuple[str, str]]:
         """On rank 0: the texts of every rank's items and tensors."""
         new = [r for r, report in enumerate(reports) if self._layouts.get(r, ("",))[0] != report.layout]
         for rank, data in zip(new, self._get([f"layout/{rank}" for rank in new]), strict=True):
-            key, items, tensors = data.decode().split("\n")
+            key, items, tensors = zlib.decompress(data).decode().split("\n")
             self._layouts[rank] = key, items, tensors
         return [self._layouts[rank][1:] for rank in range(self.world_size)]
+
+    def decide(self, save: str) -> None:
+        """On rank 0, before the commit: from here on no rank gives the save up.
+
+        :raises TimeoutError: one of them already has.
+        """
+        decided = self._store.compare_set(f"{save}/decided", "", "commit").decode()
+        if decided != "commit":
+            raise TimeoutError(decided)
 
     def conclude(self, save: str, outcome: Outcome) -> Outcome:
         """On rank 0: tell all ranks. :returns: what they were told, if that was before."""
@@ -128,27 +140,34 @@ class Agreement:
         return Outcome(**json.loads(self._store.compare_set(f"{save}/outcome", "", text)))
 
     def outcome(self, save: str) -> Outcome:
-        """On the others: wait for it."""
+        """On the others: wait for it. Who waits for too long gives the save up, unless it is being committed."""
         try:
             self._store.wait([f"{save}/outcome"], self._timeout)
         except dist.DistStoreError:
-            return Outcome(f"rank 0's saver did not answer within {self._timeout}")
+            why = f"rank 0's saver did not answer within {self._timeout}"
+            if self._store.compare_set(f"{save}/decided", "", f"rank {self.rank} gave up: {why}") != b"commit":
+                return Outcome(why)
+            try:
+                self._store.wait([f"{save}/outcome"], self._timeout)
+            except dist.DistStoreError:
+                return Outcome(f"{why}, and may have committed it")
         return Outcome(**json.loads(self._store.get(f"{save}/outcome")))
 
-    def common(self, mine: Collection[tuple[int, int]], timeout_s: float) -> tuple[int, int] | None:
+    def common(self, mine: Collection[tuple[int, int, int]], timeout_s: float) -> tuple[int, int, int] | None:
         """The newest of the snapshots that every rank has; None if there is none, or if not all ranks ask in time.
 
-        :param mine: generation and number of those that this rank has.
+        :param mine: the keys of those that this rank has.
         """
         self._store.set(f"last/{self.rank}", json.dumps(list(mine)))
         keys = [f"last/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + timeout_s
         while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
             if time.monotonic() > deadline or any(map(self._is_gone, missing)):
+                self._store.set(f"last/{self.rank}", "[]")  # whoever comes later doesn't wait for this one
                 return None
             with contextlib.suppress(dist.DistStoreError):
                 self._store.wait([keys[rank] for rank in missing], timedelta(seconds=0.1))
-        have = [{(generation, number) for generation, number in json.loads(data)} for data in self._get(keys)]
+        have = [{(key[0], key[1], key[2]) for key in json.loads(data)} for data in self._get(keys)]
         return max(set.intersection(*have), default=None)
 
     def _is_gone(self, rank: int) -> bool:
@@ -158,13 +177,18 @@ class Agreement:
         where, pid = json.loads(self._store.get(f"process/{rank}"))
         return where == machine() and not alive(pid)
 
-    def call_off(self, save: str, why: str) -> None:
+    def attempted(self, save: str) -> str:
+        """The folder that was given to a save; empty if there is none."""
+        key = f"{save}/attempt"
+        return self._aside.get(key).decode().strip("-") if self._aside.check([key]) else ""
+
+    def call_off(self, save: str, outcome: Outcome) -> None:
         """End a save that this rank can't take part in any more, if it is under way on the others."""
         if self.rank == 0:
             self._aside.compare_set(f"{save}/attempt", "", "-")
-            self._aside.compare_set(f"{save}/outcome", "", json.dumps(asdict(Outcome(why))))
+            self._aside.compare_set(f"{save}/outcome", "", json.dumps(asdict(outcome)))
         else:
-            self._aside.compare_set(f"{save}/report/{self.rank}", "", Report(error=why).to_bytes().decode())
+            self._aside.compare_set(f"{save}/report/{self.rank}", "", Report(error=outcome.error).to_bytes().decode())
 
     def _get(self, keys: list[str]) -> list[bytes]:
         return list(self._store.multi_get(keys)) if keys else []

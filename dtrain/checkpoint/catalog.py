@@ -67,14 +67,22 @@ class Catalog:
         """
         self._append("commit", attempt=attempt, **fields)
 
-    def retire(self) -> None:
-        """Delete the checkpoints that needn't be kept any longer. :raises Fenced: a newer generation took over."""
+    def retire(self) -> list[str]:
+        """Write off the checkpoints that needn't be kept any longer. :returns: their folders, to be deleted.
+
+        :raises Fenced: a newer generation took over.
+        """
+        retired = []
         for entry in to_retire(self.log, self._keep, time.time()):
             self._append("retire", step=entry.step, attempt=entry.attempt)
-            self.discard(entry.attempt)
+            retired.append(entry.attempt)
+        return retired
 
     def condemn(self, attempt: str, step: int, reason: str) -> None:
-        """Mark a checkpoint as bad: it is passed over from now on."""
+        """Mark a checkpoint as bad: it is passed over from now on. Who was told so before doesn't say it again."""
+        self.log.check()
+        if any(entry.kind == "bad" and entry.attempt == attempt for entry in self.log.entries):
+            return
         self._append("bad", step=step, attempt=attempt, reason=reason)
         self._events.warn(f"checkpoint of step {step} is damaged and passed over: {reason}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -65,19 +66,22 @@ class Remote:
 
     def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
         self.wait()
+        message = packed(do="save", snapshot=asdict(snapshot), number=self._begun + 1, metrics=metrics)
         self._begun += 1
         self._outcome = None
-        self._board.held = snapshot.slot + 1
         self._board.saving_generation, self._board.saving = self._generation, self._begun
-        send(self._end, do="save", snapshot=asdict(snapshot), number=self._begun, metrics=metrics)
+        self._board.held = snapshot.slot + 1
+        self._end.send(message)
 
     @property
     def busy(self) -> bool:
         return self._board.saving != 0
 
     def wait(self) -> None:
+        # The saver clears the board just after it has told the outcome; if it dies in between, the next one does both.
+        patience_s = 1.0
         while self._board.saving or (self._begun and self._outcome is None):
-            self._receive()
+            patience_s = 0.001 if self._receive(patience_s) else 1.0
         outcome, self._outcome = self._outcome, Outcome()
         if outcome is not None and outcome.error:
             raise error_of(outcome)
@@ -92,7 +96,10 @@ class Remote:
             raise error_of(Outcome(reply["error"], reply["kind"]))
         return reply["value"]
 
-    def _receive(self) -> dict[str, Any]:
+    def _receive(self, patience_s: float | None = None) -> dict[str, Any]:
+        """The next message; {} if there is none for so long."""
+        if not select.select([self._end], [], [], patience_s)[0]:
+            return {}
         message: dict[str, Any] = json.loads(self._end.recv(_MOST_BYTES))
         if message.get("save") == [self._generation, self._begun]:
             self._outcome = Outcome(message["error"], message["kind"])
@@ -137,40 +144,51 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
 
     :param end: the saver's end of the pair of sockets.
     """
-    asked: dict[int, int] = {}
     send(end, born=os.getpid())
+
+    def told(generation: int, number: int, outcome: Outcome) -> None:
+        send(end, save=[generation, number], **asdict(outcome))
+        board.saving = 0
 
     def save(snapshot: Snapshot, number: int, metrics: dict[str, float]) -> None:
         try:
             outcome = saver.save(snapshot, number, metrics)
         except Exception as error:  # the store is gone, say
-            board.held = board.saving = 0
             outcome = Outcome(f"{type(error).__name__}: {error}")
-        send(end, save=[snapshot.generation, number], **asdict(outcome))
+        told(snapshot.generation, number, outcome)
         saver.tidy()
 
-    broken = board.saving_generation, board.saving
-    if (outcome := saver.interrupted()) is not None:
-        asked[broken[0]] = broken[1]
-        send(end, save=broken, **asdict(outcome))
+    def settle(generation: int, number: int) -> None:
+        try:
+            outcome = saver.interrupted(generation, number)
+        except Exception as error:
+            board.held = 0
+            outcome = Outcome(f"{type(error).__name__}: {error}")
+        told(generation, number, outcome)
+
     with ThreadPoolExecutor(1) as saving:
+        broken = board.saving_generation, board.saving
+        if broken[1]:
+            board.asked_generation, board.asked = broken
+            saving.submit(settle, *broken)
         while True:
             message = json.loads(end.recv(_MOST_BYTES))
             match message["do"]:
                 case "save":
                     snapshot = Snapshot(**message["snapshot"])
-                    if message["number"] <= asked.get(snapshot.generation, 0):
+                    asked = snapshot.generation, message["number"]
+                    if asked <= (board.asked_generation, board.asked):
                         continue  # it was called off before the one that died had even read of it
-                    asked[snapshot.generation] = message["number"]
+                    board.asked_generation, board.asked = asked
                     saving.submit(save, snapshot, message["number"], message["metrics"])
                 case "over":
                     generation = message["generation"]
-                    last = asked.get(generation, 0)
+                    last = board.asked if board.asked_generation == generation else 0
                     why = f"the trainer of rank {message['rank']} died before it could save"
                     saver.call_off(generation, last + 1, why)
                     if board.saving_generation == generation and board.saving > last:
-                        board.held = board.saving = 0
-                        send(end, save=[generation, last + 1], **asdict(Outcome(why)))
+                        board.held = 0
+                        told(generation, last + 1, Outcome(why))
                 case "last":
                     saving.submit(saver.last, message["timeout_s"])
                 case "end":
@@ -191,4 +209,8 @@ def error_of(outcome: Outcome) -> Exception:
 
 
 def send(end: socket.socket, **message: Any) -> None:
-    end.send(json.dumps(message).encode())
+    end.send(packed(**message))
+
+
+def packed(**message: Any) -> bytes:
+    return json.dumps(message).encode()

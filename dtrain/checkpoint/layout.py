@@ -121,7 +121,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's memory."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+    # A contiguous tensor of one element may still have any stride.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 @lru_cache(maxsize=4096)

@@ -32,7 +32,7 @@ from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
-from dtrain.errors import Damaged, NoGoodCheckpoint, StateError
+from dtrain.errors import Damaged, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.local import LocalStorage
 
 _PARAMETERS = ("params", "param_names")
@@ -66,7 +66,8 @@ def load(
 ) -> Loaded:
     """Load objects from a run folder, or from whatever else holds weights. With several ranks, all must reach this.
 
-    :param source: a run folder, one checkpoint's folder, or what else `sources` can read.
+    :param source: a run folder, one checkpoint's folder, what stock DCP has saved, safetensors (a file, a folder or an
+        index), or a file of `torch.save`.
     :param objects: by the names that they were tracked under. What else was saved isn't asked for.
     :param step: which checkpoint of a run folder; without it the newest good one.
     :param only: patterns of what is loaded; without any, all is. What isn't chosen is neither loaded nor compared.
@@ -75,10 +76,16 @@ def load(
     :param allow_unexpected: patterns of what only the checkpoint may have; it is passed over.
     :param allow_reshaped: patterns of what may have another shape now; it stays as it is.
     :param allow_retyped: patterns of what may have another type now; it is converted.
+    :raises UsageError: the objects aren't given by names.
     :raises StateError: something differs and isn't allowed, or a pattern matches nothing; nothing has changed then.
     :raises NoGoodCheckpoint: the run has no checkpoint that is good.
     :raises Damaged: a byte isn't what was saved. What the objects hold then is worth nothing.
     """
+    if not isinstance(objects, Mapping):
+        raise UsageError(
+            f"load(source, {type(objects).__qualname__}): give the objects by the names that they were tracked under, "
+            "such as {'model': model}"
+        )
     state = State()
     state.track(objects)
     found = find(source, step)

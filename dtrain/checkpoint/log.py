@@ -76,7 +76,7 @@ class Log:
                 self._next = int(stem) + 1
                 try:
                     self.entries.append(_decode(self._storage.read(f"{FOLDER}/{name}"), int(stem)))
-                except Damaged as error:
+                except (Damaged, FileNotFoundError, IsADirectoryError) as error:
                     self.broken.append(f"{FOLDER}/{name}: {error}")
         return self.entries[before:]
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class Manager:
 
     def _from_memory(self, state: State, committed: int) -> Restored | None:
         """Load the newest snapshot that all ranks have, unless there is a checkpoint of a later step."""
-        mine = {(found.generation, found.number): asdict(found) for found in self._slots.whole()}
+        mine = {found.key: asdict(found) for found in self._slots.whole()}
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (machine(), mine))
         common = set(mine).intersection(*(theirs for _, theirs in ranks))
@@ -153,7 +153,10 @@ class Manager:
         parts = [Snapshot(**theirs[max(common)]) for _, theirs in ranks]
         if parts[0].step < committed:
             return None
-        metas = [part.meta() for part in parts]
+        metas: list[dict[str, Any]] = []
+        problem = on_all_ranks(lambda: metas.extend(part.meta() for part in parts), (Exception,))
+        if problem:
+            self._forget(parts[0].step, problem)
         manifest = Manifest.from_json(
             Manifest.join(
                 [
@@ -172,13 +175,18 @@ class Manager:
         targets = state.targets(manifest)
         problem = on_all_ranks(lambda: load_tensors(storage, "memory", manifest, targets), (Exception,))
         if problem:
-            self._events.warn(f"the snapshot of step {parts[0].step} can't be read: {problem}")
-            return None
+            self._forget(parts[0].step, problem)
+        self._slots.keep(Snapshot(**mine[max(common)]))
         position = state.apply(manifest, targets)
         if dist.get_rank() == 0:
             seconds = time.monotonic() - started
             self._events.emit("restored", step=parts[0].step, seconds=seconds, place="memory")
         return Restored(parts[0].step, position, parts[0].step == committed)
+
+    def _forget(self, step: int, problem: str) -> NoReturn:
+        """A part of a snapshot may be in the objects already: only a new trainer can begin without it."""
+        self._slots.keep(None)
+        raise RuntimeError(f"the snapshot of step {step} in memory can't be read, and is forgotten: {problem}")
 
     def _from_storage(self, state: State, log: Log) -> Restored | None:
         found_by_rank_0 = candidates(self._storage, log, self._client.condemn)

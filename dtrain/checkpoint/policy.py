@@ -59,5 +59,6 @@ def to_retire(log: Log, keep: Keep, now: float) -> list[Entry]:
 def best_of(commits: list[Entry], best: Best) -> list[Entry]:
     """The best commits by a metric, the best one first. Of equals, the older is the better; a NaN is none."""
     sign = 1.0 if best.mode == "min" else -1.0
-    measured = [e for e in commits if not math.isnan(e.metrics.get(best.metric, math.nan))]
+    found = [(e, e.metrics.get(best.metric)) for e in commits]
+    measured = [e for e, value in found if isinstance(value, int | float) and not math.isnan(value)]
     return sorted(measured, key=lambda entry: (sign * entry.metrics[best.metric], entry.number))[: best.k]

@@ -85,6 +85,7 @@ class Saver:
 
     def condemn(self, attempt: str, step: int, reason: str) -> None:
         """On rank 0: mark a checkpoint as bad."""
+        self.claim()
         with self._lock:
             self._catalog.condemn(attempt, step, reason)
 
@@ -102,7 +103,6 @@ class Saver:
             self._board.held = 0
         if not outcome.error:
             self._board.committed = snapshot.step
-        self._board.saving = 0
         return outcome
 
     def tidy(self) -> None:
@@ -110,7 +110,9 @@ class Saver:
         if self._rank == 0 and self._catalog.epoch:
             try:
                 with self._lock:
-                    self._catalog.retire()
+                    retired = self._catalog.retire()
+                for attempt in retired:  # without the lock: a new trainer's claim doesn't wait for it
+                    self._catalog.discard(attempt)
             except Exception as error:
                 # What was saved is safe. If this is no passing trouble, the next save meets it as well, and says so.
                 self._events.warn(f"old checkpoints in {self._storage.root} can't be deleted: {_text(error)}")
@@ -120,24 +122,31 @@ class Saver:
 
         :param timeout_s: how long to wait for the other ranks to be at the same point, in seconds.
         """
-        have = {(found.generation, found.number): found for found in self._slots.whole()}
+        have = {found.key: found for found in self._slots.whole()}
         newest = self._agreement.common(have.keys(), timeout_s)
         if newest is not None and have[newest].step > self._board.committed:
             self.save(have[newest], _LAST, {})
             self.tidy()
 
-    def interrupted(self) -> Outcome | None:
-        """In the place of a saver that died: call off the save that it was in, if any."""
-        if not self._board.saving:
-            return None
-        why = f"the saver of rank {self._rank} died while it saved"
-        self.call_off(self._board.saving_generation, self._board.saving, why)
-        self._board.held = self._board.saving = 0
-        return Outcome(why)
+    def interrupted(self, generation: int, number: int) -> Outcome:
+        """In the place of a saver that died in a save: call that off. :returns: what came of it, on all ranks."""
+        name = save_name(generation, number)
+        outcome = Outcome(f"the saver of rank {self._rank} died while it saved")
+        if self._rank == 0 and (attempt := self._agreement.attempted(name)):
+            self.claim()
+            with self._lock:
+                if any(entry.attempt == attempt for entry in self._catalog.log.commits()):
+                    outcome = Outcome()  # it died after the commit
+        self._agreement.call_off(name, outcome)
+        outcome = self._agreement.outcome(name)
+        if not outcome.error and self._board.held:
+            self._board.committed = self._board.slots[self._board.held - 1].step
+        self._board.held = 0
+        return outcome
 
     def call_off(self, generation: int, number: int, why: str) -> None:
         """Let the other ranks' savers not wait for this one's part of a save."""
-        self._agreement.call_off(save_name(generation, number), why)
+        self._agreement.call_off(save_name(generation, number), Outcome(why))
 
     def _lead(self, name: str, snapshot: Snapshot, metrics: dict[str, float], started: float) -> Outcome:
         """Rank 0's part: its own file, and the commit."""
@@ -170,6 +179,7 @@ class Saver:
                 tensors=[tensors for _, tensors in self._agreement.layouts(reports)],
                 key=tuple(report.layout for report in reports),
             )
+            self._agreement.decide(name)
         except Exception as error:
             if attempt:
                 self._catalog.discard(attempt)  # a full disk is not made fuller
@@ -208,7 +218,6 @@ class Saver:
                 self._agreement.report(name, *self._write(snapshot, snapshot.meta(), attempt))
         except Exception as error:
             self._agreement.report(name, Report(error=_text(error)))
-        self._board.held = 0
         return self._agreement.outcome(name)
 
     def _write(self, snapshot: Snapshot, meta: dict[str, Any], attempt: str) -> tuple[Report, str, str]:
@@ -227,7 +236,7 @@ class Saver:
                 part = Part(file=file, size=snapshot.size, items=meta["items"], digests=digests.result())
                 if copies:
                     part = with_values(part, copies, sink)
-        layout = digest(part.items.encode()) if copies else meta["layout"]
+        layout = digest((part.items + meta["tensors"]).encode()) if copies else meta["layout"]
         report = Report(layout=layout, size=part.size, objects=meta["objects"], digests=part.digests)
         return report, part.items, meta["tensors"]
 

@@ -55,8 +55,10 @@ class Board(ctypes.Structure):
     """What the processes of one rank know of its slots, in memory that they share.
 
     slots: what each holds; `whole` is 0 while it is written to
-    saving: the number of the save that was asked for and has no outcome yet; 0 if there is none
+    saving: the number of the save that was asked for and whose outcome wasn't told yet; 0 if there is none
     saving_generation: the generation that asked for it
+    asked: the number of the last save that the saver has read of
+    asked_generation: the generation that asked for it
     held: 1 + the slot that is being saved, which nobody may write to; 0 if none
     committed: the step of the last commit
     epoch: the one that this group of savers claimed; 0 before
@@ -66,6 +68,8 @@ class Board(ctypes.Structure):
         ("slots", _Slot * SLOTS),
         ("saving", ctypes.c_int64),
         ("saving_generation", ctypes.c_int64),
+        ("asked", ctypes.c_int64),
+        ("asked_generation", ctypes.c_int64),
         ("held", ctypes.c_int64),
         ("committed", ctypes.c_int64),
         ("epoch", ctypes.c_int64),
@@ -73,6 +77,8 @@ class Board(ctypes.Structure):
 
     saving: int
     saving_generation: int
+    asked: int
+    asked_generation: int
     held: int
     committed: int
     epoch: int
@@ -91,6 +97,11 @@ class Snapshot:
     """Where the processes of this machine can open it."""
     size: int
     """Of the shard file; what is known about it comes behind."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Tells snapshots apart: equal for what ranks have taken together, and the newest is the largest."""
+        return self.generation, self.number, self.step
 
     def meta(self) -> dict[str, Any]:
         """What is known about it: see `Snapshots.take`."""
@@ -111,6 +122,12 @@ class Slots:
     def in_memory(self, index: int) -> str:
         """A path by which processes of this machine, and of this user, can open a slot."""
         return f"/proc/{self._owner}/fd/{self._memory[index]}"
+
+    def keep(self, chosen: Snapshot | None) -> None:
+        """Forget all snapshots but one, after which nobody can want them any more."""
+        for slot in self.board.slots:
+            if chosen is None or (slot.generation, slot.number) != (chosen.generation, chosen.number):
+                slot.whole = 0
 
     def whole(self) -> list[Snapshot]:
         """The whole snapshots that lie in memory, oldest first."""
@@ -178,8 +195,9 @@ class Snapshots:
         tensors = {name: leaf for name, (_, leaf) in flatten(tree).items() if isinstance(leaf, torch.Tensor)}
         self._lay_out(tensors)
         index = self._choose()
-        slot, mapped = self._board.slots[index], self._map(index)
-        slot.whole = 0
+        slot = self._board.slots[index]
+        slot.whole = 0  # from here on nobody restores it: laying it out anew writes to it as well
+        mapped = self._map(index)
         names = [place.name for place in self._layout.places]
         sources = [local_part(tensors[name]).detach() for name in names]
         threads = len(os.sched_getaffinity(0)) // self._local_world_size

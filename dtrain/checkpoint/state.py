@@ -95,7 +95,7 @@ class State:
     def apply(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Put a checkpoint's state into the objects, once its tensors are loaded; returns the run's own part."""
         tree: dict[str, Any] = decode(manifest.tree, tensors.__getitem__)
-        self.load({name: tree[name] for name in self.objects})
+        self.load({name: tree[name] for name in self.objects if name in tree})
         position: dict[str, Any] = tree[RUN]
         return position
 
@@ -181,7 +181,8 @@ class State:
     def differences(self, manifest: Manifest) -> list[Difference]:
         """In what the tracked objects aren't those that were saved."""
         saved_names, names = set(manifest.tree) - {RUN}, set(self.objects)
-        found = [Difference(name, "missing", "tracked now, but not in the checkpoint") for name in names - saved_names]
+        has = f"tracked now, but not in the checkpoint, which has {', '.join(sorted(saved_names)) or 'nothing'}"
+        found = [Difference(name, "missing", has) for name in names - saved_names]
         found += [
             Difference(name, "unexpected", "in the checkpoint, but not tracked now") for name in saved_names - names
         ]
@@ -221,7 +222,10 @@ class State:
                 yield Difference(f"{name}.state.{key}", kind, text, of=name)
 
     def _compare(self, manifest: Manifest) -> None:
-        if found := self.differences(manifest):
+        found = self.differences(manifest)
+        if manifest.step == 0:  # imported weights: what they come without, such as an optimizer, begins anew
+            found = [one for one in found if one.kind != "missing" or one.name not in self.objects]
+        if found:
             raise StateError(
                 f"what is tracked is not what was saved at step {manifest.step}:\n  {listed(found)}\n"
                 "Go back to the model that was saved, or start in another run folder."

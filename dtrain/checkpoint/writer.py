@@ -1,6 +1,7 @@
 """`Writer`: a DCP `StorageWriter` that hashes what it writes and leaves a manifest.
 
-    dcp.save(state, storage_writer=Writer(LocalStorage("runs/x"), "checkpoints/mine", state, step=7))
+    writer = Writer("saved", "step-7", state, step=7)
+    dcp.save(writer.state_dict, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
 
 The files are those that stock DCP writes, so stock `dcp.load` opens the folder. Every rank writes one shard file; the
 coordinator writes the index when all of them are durable. Nothing becomes a checkpoint here: that is the commit log's
@@ -46,19 +47,20 @@ from dtrain.checkpoint.format import (
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, encode, flatten
 from dtrain.storage.base import Sink, Storage
+from dtrain.storage.local import LocalStorage
 
 
 class Writer(StorageWriter):
-    """Writes one attempt.
+    """Writes one checkpoint, in any loop; what it wrote is in no run's log. See this module's beginning for its use.
 
-    :param storage: the run folder.
-    :param folder: the attempt's folder in it, which nothing was written to before.
+    :param storage: a folder, or the storage that stands for it.
+    :param folder: the checkpoint's folder in it, which nothing was written to before.
     :param tree: the state that is saved, the same on all ranks but for the tensors' shards.
     :param step: how many optimizer steps the state is the outcome of.
     """
 
-    def __init__(self, storage: Storage, folder: str, tree: Any, *, step: int) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage | str | os.PathLike[str], folder: str, tree: Any, *, step: int) -> None:
+        self._storage = LocalStorage(os.fspath(storage)) if isinstance(storage, str | os.PathLike) else storage
         self._folder = folder
         self._leaves = flatten(tree)
         self._tree = encode(tree)

@@ -69,13 +69,17 @@ def fork(work: Callable[[], int], name: str = "") -> Child:
         # Python 3.12 and later warn of any thread. `check_can_fork` has looked at those of Python; what is left are
         # the pools of the BLAS libraries, which prepare themselves for a fork.
         warnings.simplefilter("ignore", DeprecationWarning)
+        # Until the child has handlers of its own, a signal would run the parent's in it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return Child(pid)
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         die_with(parent)
         if name:
             _libc.prctl(_PR_SET_NAME, name.encode())

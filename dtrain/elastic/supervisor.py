@@ -83,6 +83,7 @@ class Supervisor:
         self._savers_deaths: list[float] = []
         self._committed = 0
         """The last commit before this generation."""
+        self._generation = 0
         self._best = 0
         self._stalled = 0
         self._trainer: Child | None = None
@@ -126,6 +127,7 @@ class Supervisor:
         """Fork a trainer, and have it behind us when the generation is settled."""
         self._page.best, self._page.step, self._page.restored = self._best, 0, 0
         self._committed = self._slots.board.committed
+        self._generation = generation
         said, saying = os.pipe()
         client = Remote(self._trainers_end, self._slots.board, generation)
         life = Life(group, generation, self._page, self._slots, client)
@@ -301,8 +303,14 @@ class Supervisor:
                 with contextlib.suppress(OSError):  # its end was being waited for at this moment
                     child.kill()
         if self._saver is not None:
-            send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
-            self._end_saver()
+            if self._placement.rank == 0:
+                say("SIGTERM: saving the newest snapshot")
+            with contextlib.suppress(OSError, ValueError):  # the saver was being replaced at this moment
+                send(self._trainers_end, do="over", generation=self._generation, rank=self._placement.rank)
+                send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
+                self._end_saver()
+            if self._placement.rank == 0:
+                say(f"stopped: the newest checkpoint is that of step {self._slots.board.committed}")
         os._exit(128 + signal.SIGTERM)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:

@@ -25,7 +25,9 @@ class Trainer:
     pid: int
     world_size: int
     epoch: int
-    """Of the generation in the commit log: it rises with every start of the ranks, of whatever kind."""
+    """Of its group in the commit log: it rises with every start of the supervisors."""
+    generation: int
+    """Of this life of the group's trainers, beginning at 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +79,8 @@ class History:
 
     def alive(self, rank: int) -> Trainer | None:
         """A rank's newest trainer, unless a failure has ended it since, or its generation is still gathering."""
-        newest = max((trainer.epoch for trainer in self.trainers), default=0)
-        group = [trainer for trainer in self.trainers if trainer.epoch == newest]
+        newest = max(((trainer.epoch, trainer.generation) for trainer in self.trainers), default=(0, 0))
+        group = [trainer for trainer in self.trainers if (trainer.epoch, trainer.generation) == newest]
         if not group or len(group) < group[0].world_size:
             return None
         if self.failures and self.failures[-1].time > max(trainer.time for trainer in group):
@@ -118,6 +120,7 @@ def _add(found: History, line: dict[str, Any]) -> None:
                     pid=line["pid"],
                     world_size=line["world_size"],
                     epoch=line["epoch"],
+                    generation=line["generation"],
                 )
             )
         case "committed":

@@ -69,7 +69,8 @@ class Exchange:
         work = dist.all_reduce(together, async_op=True)
         assert work is not None
 
-        def arrived(_: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+        def arrived(sent: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            sent.value()  # raises what went wrong; without it this rank would go on with its own gradients
             if together is not gradients:
                 gradients.copy_(together[: gradients.numel()])
                 self._numbers = together[gradients.numel() :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -186,7 +186,8 @@ class Run:
                     self._snapshot()
         self.close()
         if self.is_first:
-            say(f"{'finished' if self._done >= total else 'stopped'}: step {self._done} of {total}, saved")
+            ended = "finished" if self._done >= total else "stopped"
+            say(f"{ended}: step {self._done} of {max(total, self._done)}, saved")
 
     def save(self, *, metrics: dict[str, float] | None = None, wait: bool = True) -> None:
         """Commit a checkpoint of the last finished step now. All ranks must reach it.
@@ -197,8 +198,9 @@ class Run:
         :param wait: False lets the training go on while it is written; an error is raised by the next save, or at the
             end of the run.
         :raises SaveError: it could not be written; the commit before stands.
-        :raises UsageError: nothing is restored yet, or the step is only half done.
+        :raises UsageError: nothing is restored yet, the step is only half done, or a metric is no number.
         """
+        metrics = _checked(metrics, self.config) if metrics else None
         if not self._started:
             raise UsageError("save comes after run.steps has begun, which restores what was saved before")
         step = self._step
@@ -339,3 +341,19 @@ class Run:
                 f"{self.config.dir} belongs to a run with other options: {'; '.join(differ)}. Put them back, or "
                 "choose another folder"
             )
+
+
+def _checked(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """:raises UsageError: one of them is no number, or that of `keep_best` is missing."""
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"save(metrics={{{name!r}: {value!r}}}): must be a number") from error
+    if config.keep_best is not None and config.keep_best.metric not in found:
+        raise UsageError(
+            f"save(metrics={found}): keep_best goes by {config.keep_best.metric!r}, which is not among them; give it "
+            "too, or change keep_best"
+        )
+    return found
