@@ -2,6 +2,7 @@
 
     rank 0      attempt    the folder that all write into; empty if it won't be tried
     every rank  report     what it has written, or why it couldn't
+    any rank    decided    that it will be committed (rank 0), or that a rank has given it up
     rank 0      outcome    committed, or why not
 
 Each is a key that is written once and waited for on the store's server. A save whose asker died on some rank before it
