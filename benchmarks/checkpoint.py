@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -211,10 +212,10 @@ def gathered(value: T) -> list[T]:
 def warm(folder: Path) -> None:
     """Have all files in the page cache, however they were written."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(16 * MIB):
-                    pass
+        # An older checkpoint may be deleted at this moment.
+        with suppress(FileNotFoundError), path.open("rb", buffering=0) if path.is_file() else nullcontext() as file:
+            while file is not None and file.read(16 * MIB):
+                pass
 
 
 def bytes_read() -> int:
