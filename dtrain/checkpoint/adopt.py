@@ -6,7 +6,6 @@ It streams, as an export does.
 
 from __future__ import annotations
 
-import io
 import tempfile
 import time
 import uuid
@@ -23,8 +22,8 @@ from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.plan import local_items
 from dtrain.checkpoint.sources import Source, renamed
 from dtrain.checkpoint.state import RUN
-from dtrain.checkpoint.tree import Tree, decode, dtype_named, flatten
-from dtrain.checkpoint.writer import Indexes, shard_name, with_values
+from dtrain.checkpoint.tree import dtype_named
+from dtrain.checkpoint.writer import Indexes, pickled, shard_name, with_values
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Sink
 from dtrain.storage.local import LocalStorage
@@ -55,7 +54,7 @@ def adopt(
     attempt = f"step-{0:08d}.e{claim.epoch}.{nonce}"
     tensors = {f"{name}.{inner}": item for inner, item in items.items()}
     # The run's own part says that nothing has been trained yet.
-    state = {RUN: {"step": 0, "samples": 0, "config": {}, "data": {}}, name: renamed(tree, "", f"{name}.")}
+    text = json_text({RUN: {"step": 0, "samples": 0, "config": {}, "data": {}}, name: renamed(tree, "", f"{name}.")})
     meta = {k: torch.empty(item.shape, dtype=dtype_named(item.dtype), device="meta") for k, item in tensors.items()}
     layout = Layout(local_items(meta, 0, 1))
     folder = f"{CHECKPOINTS}/{attempt}"
@@ -66,10 +65,8 @@ def adopt(
             end = place.offset + place.length
         sink.write(bytes(layout.size - end))
         part = Part(file=shard_name(0), size=layout.size, items=layout.items, digests=b"".join(digests))
-        part = with_values(part, _copies(state), sink)
-    manifest = Indexes().write(
-        storage, folder, [part], step=0, world_size=1, tree=json_text(state), tensors=[layout.tensors]
-    )
+        part = with_values(part, pickled(text), sink)
+    manifest = Indexes().write(storage, folder, [part], step=0, world_size=1, tree=text, tensors=[layout.tensors])
     log.append(
         Entry(
             kind="commit",
@@ -119,14 +116,3 @@ def _in_order(item: TensorItem, source: Source) -> Iterator[memoryview]:
         file.seek(0)
         while block := file.read(BLOCK_BYTES):
             yield memoryview(block)
-
-
-def _copies(tree: Tree) -> dict[str, bytes]:
-    """The plain values as stock DCP has them."""
-    copies = {}
-    for key, (_, leaf) in flatten(decode(tree, lambda _: torch.empty(0))).items():
-        if not isinstance(leaf, torch.Tensor):
-            stream = io.BytesIO()
-            torch.save(leaf, stream)
-            copies[key] = stream.getvalue()
-    return copies

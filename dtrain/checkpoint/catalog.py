@@ -80,7 +80,6 @@ class Catalog:
 
     def condemn(self, attempt: str, step: int, reason: str) -> None:
         """Mark a checkpoint as bad: it is passed over from now on. Who was told so before doesn't say it again."""
-        self.log.check()
         if any(entry.kind == "bad" and entry.attempt == attempt for entry in self.log.entries):
             return
         self._append("bad", step=step, attempt=attempt, reason=reason)

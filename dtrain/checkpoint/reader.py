@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from dtrain.checkpoint.blocks import Want, damaged_by, read_blocks
-from dtrain.checkpoint.format import Chunk, Manifest, Piece, TensorItem, digest
+from dtrain.checkpoint.format import Chunk, Manifest, TensorItem, digest
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
 from dtrain.errors import Damaged, StateError
@@ -161,20 +161,6 @@ def _check_type(name: str, dtype: torch.dtype, target: torch.Tensor, cast: bool 
             f"{name}: saved as {dtype_name(dtype)}, to be loaded into {dtype_name(target.dtype)}; load it into a "
             "tensor of the saved type, and convert that"
         )
-
-
-def read_piece(
-    storage: Readable, folder: str, piece: Piece | Chunk, manifest: Manifest, payload: torch.Tensor | None = None
-) -> None:
-    """Read a whole piece, check it, and leave a chunk's tensor bytes in `payload`.
-
-    :raises Damaged: its digests don't match, or the file is too short or not there.
-    """
-    data = torch.empty(piece.length, dtype=torch.uint8) if payload is None else payload
-    if payload is None or not isinstance(piece, Chunk):
-        piece = Chunk(piece.file, piece.offset, piece.length, piece.digests, 0, [0], [piece.length])
-    want = Want(piece.file, piece, data.dtype, [0] * len(piece.sizes), data)
-    read_blocks(storage, folder, [want], manifest.block_bytes)
 
 
 def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tuple[bytes, Manifest]:

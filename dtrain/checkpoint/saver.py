@@ -9,7 +9,6 @@ save is one file a rank: the slot as it lies in memory is written and hashed at 
 
 from __future__ import annotations
 
-import io
 import json
 import mmap
 import threading
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dtrain.checkpoint.agreement import Agreement, Outcome, Report
@@ -26,8 +24,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.format import Part, digest, hash_item
 from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.snapshot import Slots, Snapshot
-from dtrain.checkpoint.tree import decode, flatten
-from dtrain.checkpoint.writer import Indexes, shard_name, with_values
+from dtrain.checkpoint.writer import Indexes, pickled, shard_name, with_values
 from dtrain.config import Config, Interval
 from dtrain.errors import DtrainError, SaveError
 from dtrain.observe.events import Events
@@ -224,7 +221,7 @@ class Saver:
         """Write this rank's shard file. :returns: what there is to report of it."""
         file = shard_name(self._rank)
         part = Part(file=file, size=snapshot.size, items=meta["items"], digests=b"")
-        copies = _pickled(meta["tree"]) if self._rank == 0 else {}
+        copies = pickled(meta["tree"]) if self._rank == 0 else {}
         if snapshot.size or copies:
             memory = self._memory_of(snapshot)
             with (
@@ -285,20 +282,6 @@ def _hash_items(memory: memoryview, items: str) -> bytes:
 def _write_all(sink: Sink, memory: memoryview) -> None:
     for start in range(0, memory.nbytes, _PIECE_BYTES):
         sink.write(memory[start : start + _PIECE_BYTES])
-
-
-def _pickled(tree: str) -> dict[str, bytes]:
-    """Copies of the plain values, for stock DCP: each padded to a length that changes as rarely as possible."""
-    placeholder = torch.empty(0, device="meta")
-    copies = {}
-    for name, (_, leaf) in flatten(decode(json.loads(tree), lambda _: placeholder)).items():
-        if not isinstance(leaf, torch.Tensor):
-            stream = io.BytesIO()
-            # The older form is one pickle after the other, which may have bytes behind it that nobody reads.
-            torch.save(leaf, stream, _use_new_zipfile_serialization=False)
-            data = stream.getvalue()
-            copies[name] = data + bytes(-(len(data) + 32) % 64 + 32)
-    return copies
 
 
 def _text(error: Exception) -> str:

@@ -166,8 +166,8 @@ class _Whole:
     """`write` may take less than it is given; this takes all or raises.
 
     Large parts go past the page cache (O_DIRECT), from the caller's memory to the disk. To copy them into the cache
-    would take the processors away from a training that needs them all: on two busy cores, 2 GiB took 27 seconds that
-    way, and 1.2 past it. Where a file system or a buffer's place in memory doesn't allow it, they are copied.
+    would take the processors away from a training that needs them all. Where a file system or a buffer's place in
+    memory doesn't allow it, they are copied.
     """
 
     def __init__(self, descriptor: int) -> None:
