@@ -8,6 +8,7 @@ thread keeps. A block is hashed right after it was read, while the processor's c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import math
 import operator
@@ -33,6 +34,10 @@ _GAP_BYTES = 4096
 
 _DIRECT_BYTES = 64 << 10
 """Less than this is cheaper to copy than to have a place of its own in a read."""
+
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.argtypes, _memory_at.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 _ALIGN = 16
 """No type's elements are larger."""
@@ -147,37 +152,42 @@ def default_threads() -> int:
 def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:
     """The blocks that hold a box."""
     name, chunk, dtype, start, target = want
-    file, offset, stop = chunk.file, chunk.offset, chunk.offset + chunk.length
-    sizes = tuple(chunk.sizes)
-    payload = offset + chunk.payload
-    if chunk.payload < 0 or payload + math.prod(sizes) * dtype.itemsize > stop:
-        raise Damaged(f"{folder}/{file}: an item of {chunk.length} bytes is too short for {name}")
-    count = target.numel()
-    flat = target.is_contiguous() and (count == math.prod(sizes) or _in_one_piece(sizes, target.shape))
-    first = payload + dtype.itemsize * _index(sizes, start)
-    last = first + dtype.itemsize * count
+    file, offset, length, digests, before, _, sizes = chunk
+    payload, stop = offset + before, offset + length
+    size, elements, count = dtype.itemsize, math.prod(sizes), target.numel()
+    if before < 0 or payload + elements * size > stop:
+        raise Damaged(f"{folder}/{file}: an item of {length} bytes is too short for {name}")
+    flat = target.is_contiguous() and (count == elements or _in_one_piece(sizes, target.shape))
+    first = payload if count == elements else payload + size * _index(sizes, start)
+    last = first + size * count
     memory = box = None
     if flat and target.is_cpu and target.dtype == dtype and not target.is_conj() and not target.is_neg():
-        memory = bytes_of(target)
+        memory = _memory_of(target)
     elif flat:  # in one piece on both sides: what the dimensions are doesn't matter
-        box = _Box((math.prod(sizes),), (_index(sizes, start),), target.view(-1), dtype, payload)
+        box = _Box((elements,), ((first - payload) // size,), target.view(-1), dtype, payload)
     else:
-        box = _Box(sizes, tuple(start), target, dtype, payload)
+        box = _Box(tuple(sizes), tuple(start), target, dtype, payload)
         end = [a + n - 1 for a, n in zip(start, target.shape, strict=True)]
-        last = payload + dtype.itemsize * (1 + _index(sizes, end))
+        last = payload + size * (1 + _index(sizes, end))
     # Blocks with digests are counted from the item's beginning; without any, just what is wanted is read.
-    begin, stop = (offset, stop) if chunk.digests else (first, last)
-    if box is not None and ((payload - begin) % dtype.itemsize or block_bytes % dtype.itemsize):
+    begin, stop = (offset, stop) if digests else (first, last)
+    if box is not None and ((payload - begin) % size or block_bytes % size):
         raise Damaged(f"{folder}/{file}: the elements of {name} don't lie at multiples of their size")
     for number in range((first - begin) // block_bytes, -(-(last - begin) // block_bytes)):
         low = begin + number * block_bytes
         high = min(low + block_bytes, stop)
-        digest = chunk.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        digest = digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
         if memory is not None:
             into = max(low, first)
             yield _Block(file, low, high, name, digest, into, memory[into - first : high - first])
         elif box is not None and any(True for _ in _parts(box, low, high)):
             yield _Block(file, low, high, name, digest, box=box)
+
+
+def _memory_of(target: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, for as long as there is the tensor: at a fifth of what numpy's way takes."""
+    memory: memoryview = _memory_at(target.data_ptr(), target.nbytes, _WRITABLE)
+    return memory
 
 
 def _reads(blocks: Iterable[_Block]) -> Iterator[_Read]:

@@ -13,6 +13,7 @@ _COPY_BYTES = 256 << 20
 """A thread that copies less isn't worth its start."""
 
 
+@torch.no_grad()
 def copy(
     targets: list[torch.Tensor], sources: list[torch.Tensor], steady: list[bool], threads: int
 ) -> torch.cuda.Event | None:
@@ -50,6 +51,7 @@ def _copy_on_cpu(targets: list[torch.Tensor], sources: list[torch.Tensor], threa
         return
     turn = owners({str(number): source for number, source in enumerate(sources)}, count)
 
+    @torch.no_grad()  # every thread begins with gradients on
     def work(thread: int) -> None:
         mine = [number for number in range(len(sources)) if turn[str(number)] == thread]
         torch._foreach_copy_([targets[number] for number in mine], [sources[number] for number in mine])

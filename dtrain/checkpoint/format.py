@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.tree import Tree
 from dtrain.errors import Damaged, StateError
 
@@ -126,6 +127,7 @@ class Manifest:
         return text.encode()
 
     @classmethod
+    @no_collection()
     def from_json(cls, data: bytes) -> Manifest:
         """
         :raises Damaged: it is no manifest.

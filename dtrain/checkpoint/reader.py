@@ -34,12 +34,14 @@ from torch.futures import Future
 
 from dtrain.checkpoint.blocks import Want, damaged_by, read_blocks
 from dtrain.checkpoint.format import Chunk, Manifest, TensorItem, digest
+from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
 from dtrain.errors import Damaged, StateError
 from dtrain.storage.base import Readable, Storage
 
 
+@no_collection()
 def load_tensors(
     storage: Readable,
     folder: str,
@@ -103,7 +105,7 @@ def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Map
     return read
 
 
-_Box = tuple[tuple[int, ...], tuple[int, ...]]
+_Box = tuple[list[int], list[int]]
 """Where a rank's part of a tensor begins, and its extent."""
 
 
@@ -122,20 +124,21 @@ def _wants(
     _check_type(name, dtype, target, cast)
     part = local_part(target).detach()
     if not isinstance(target, DTensor):
-        starts, sizes = (0,) * part.dim(), tuple(part.shape)
-        if len(item.chunks) == 1 and item.chunks[0].sizes == item.shape:
-            yield Want(name, item.chunks[0], dtype, starts, part)
-            return
+        starts, sizes = [0] * part.dim(), item.shape
     else:
         key = (target.device_mesh, target.placements, target.shape)
         if key not in boxes:
             (box,) = dcp_helpers._create_chunk_list(target)
-            boxes[key] = tuple(box.offsets), tuple(box.sizes)
+            boxes[key] = list(box.offsets), list(box.sizes)
         starts, sizes = boxes[key]
+    for chunk in item.chunks:
+        if chunk.sizes == sizes and chunk.offsets == starts:  # saved as it is wanted
+            yield Want(name, chunk, dtype, [0] * part.dim(), part)
+            return
     left = math.prod(sizes)
     if not left:
         return
-    stops = tuple(start + size for start, size in zip(starts, sizes, strict=True))
+    stops = [start + size for start, size in zip(starts, sizes, strict=True)]
     for chunk in item.chunks:
         if chunk.sizes and (chunk.offsets[0] >= stops[0] or chunk.offsets[0] + chunk.sizes[0] <= starts[0]):
             continue

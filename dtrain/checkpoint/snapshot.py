@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.checkpoint.copying import copy
 from dtrain.checkpoint.format import digest, json_text
 from dtrain.checkpoint.layout import Layout
-from dtrain.checkpoint.machine import available_bytes
+from dtrain.checkpoint.machine import available_bytes, no_collection
 from dtrain.checkpoint.plan import local_items, local_part
 from dtrain.checkpoint.tree import encode, flatten
 
@@ -175,12 +175,14 @@ class Snapshots:
         self._say = say
         self._number = 0
         self._known: tuple[Any, ...] = ()
+        """What the layout depends on: names, and what is known of each tensor."""
         self._layout = Layout([])
         self._mapped: list[_Mapped | None] = [None] * SLOTS
         self._in_memory = True
         self._preparing: threading.Thread | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[], None]] | None = None
 
+    @no_collection()  # it would fall into what holds up the training
     def take(
         self, tree: Mapping[str, Any], step: int, steady: Collection[str], then: Callable[[Snapshot], None]
     ) -> None:
@@ -191,15 +193,17 @@ class Snapshots:
         :param then: called when the snapshot is whole.
         """
         self.complete()
-        texts = {name: json_text(encode(value, name)) for name, value in tree.items()}
-        tensors = {name: leaf for name, (_, leaf) in flatten(tree).items() if isinstance(leaf, torch.Tensor)}
-        self._lay_out(tensors)
+        tensors: dict[str, torch.Tensor] = {}
+        texts = {name: json_text(encode(value, name, tensors)) for name, value in tree.items()}
+        if self._changed(tensors):
+            flatten(tree)  # raises where two values would have one name
+            self._lay_out(tensors)
         index = self._choose()
         slot = self._board.slots[index]
         slot.whole = 0  # from here on nobody restores it: laying it out anew writes to it as well
         mapped = self._map(index)
         names = [place.name for place in self._layout.places]
-        sources = [local_part(tensors[name]).detach() for name in names]
+        sources = [local_part(tensors[name]) for name in names]
         threads = len(os.sched_getaffinity(0)) // self._local_world_size
         copied = copy(mapped.views, sources, [name in steady for name in names], threads)
         self._number += 1
@@ -243,17 +247,20 @@ class Snapshots:
             "tree": "{" + ",".join(f"{json_text(name)}:{text}" for name, text in texts.items()) + "}",
         }
 
+    def _changed(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these need another layout than those of the last time."""
+        known = [
+            (t.dtype, t.shape, t.device_mesh, t.placements) if isinstance(t, DTensor) else (t.dtype, t.shape)
+            for t in tensors.values()
+        ]
+        names = list(tensors)
+        before, self._known = self._known, (names, known)
+        return before != self._known
+
     def _lay_out(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Plan and lay out anew, if the tensors aren't those of the last time."""
-        known = tuple(
-            (name, t.dtype, t.shape, (t.device_mesh, t.placements) if isinstance(t, DTensor) else None)
-            for name, t in tensors.items()
-        )
-        if known != self._known or not known:
-            self._layout = Layout(local_items(tensors, self._rank, self._world_size))
-            self._known = known
-            self._mapped = [None] * SLOTS
-            self._in_memory = self._fits()
+        self._layout = Layout(local_items(tensors, self._rank, self._world_size))
+        self._mapped = [None] * SLOTS
+        self._in_memory = self._fits()
 
     def _choose(self) -> int:
         """The slot that is the least needed, and isn't held by the saver: of two, one is always free."""

@@ -19,6 +19,8 @@ from dtrain.errors import Damaged, StateError
 Tree = Any
 """Nested dicts, lists and tuples of plain values and tensors."""
 
+_TWICE = "two values in the state are called {!r}; rename one of them"
+
 
 def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
@@ -57,7 +59,7 @@ def flatten(tree: Tree) -> dict[str, tuple[tuple[str | int, ...], Any]]:
 
     def leaf(name: str, path: tuple[str | int, ...], value: Any) -> None:
         if name in leaves:
-            raise StateError(f"two values in the state are called {name!r}; rename one of them")
+            raise StateError(_TWICE.format(name))
         leaves[name] = (path, value)
 
     visit("", (), tree)
@@ -80,9 +82,11 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def encode(tree: Tree, path: str = "") -> Any:
+def encode(tree: Tree, path: str = "", tensors: dict[str, torch.Tensor] | None = None) -> Any:
     """A tree as JSON. What JSON has no form for becomes an object with one key that begins with `$`.
 
+    :param path: the tree's own name.
+    :param tensors: takes the tree's tensors, by the names that `flatten` gives them.
     :raises StateError: it holds something that could come back only by unpickling.
     """
     at = f"{path}." if path else ""
@@ -91,12 +95,15 @@ def encode(tree: Tree, path: str = "") -> Any:
             if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
                 kind = "meta" if tree.is_meta else "quantized" if tree.is_quantized else dtype_name(tree.layout)
                 raise StateError(f"{path}: a {kind} tensor can't be saved; let state_dict() return a plain one")
+            if tensors is not None and tensors.setdefault(path, tree) is not tree:
+                raise StateError(_TWICE.format(path))
             return {"$tensor": path}
         case dict() | Mapping():
-            if all(isinstance(key, str) and not key.startswith("$") for key in tree):
-                return {key: encode(value, f"{at}{key}") for key, value in tree.items()}
-            items = [[_encode_hashed(key, path), encode(value, f"{at}{key}")] for key, value in tree.items()]
-            return {"$items": items}
+            for key in tree:
+                if not isinstance(key, str) or key.startswith("$"):
+                    items = tree.items()
+                    return {"$items": [[_hashed(key, path), encode(v, f"{at}{key}", tensors)] for key, v in items]}
+            return {key: encode(value, f"{at}{key}", tensors) for key, value in tree.items()}
         case None | bool() | str():
             return tree
         case np.generic() | np.ndarray():
@@ -117,19 +124,19 @@ def encode(tree: Tree, path: str = "") -> Any:
             return {"$device": str(tree)}
         case torch.Size() | tuple():
             kind = "$size" if isinstance(tree, torch.Size) else "$tuple"
-            return {kind: [encode(value, f"{at}{i}") for i, value in enumerate(tree)]}
+            return {kind: [encode(value, f"{at}{i}", tensors) for i, value in enumerate(tree)]}
         case list():
-            return [encode(value, f"{at}{i}") for i, value in enumerate(tree)]
+            return [encode(value, f"{at}{i}", tensors) for i, value in enumerate(tree)]
         case set() | frozenset():
             kind = "$set" if isinstance(tree, set) else "$frozenset"
-            return {kind: sorted((_encode_hashed(value, path) for value in tree), key=repr)}
+            return {kind: sorted((_hashed(value, path) for value in tree), key=repr)}
     raise StateError(
         f"{path}: a {type(tree).__qualname__} can't be saved without pickle; let state_dict() return numbers, "
         "texts, tensors, and lists, tuples and dicts of them"
     )
 
 
-def _encode_hashed(value: Any, path: str) -> Any:
+def _hashed(value: Any, path: str) -> Any:
     """A dict's key or a set's element: a tensor there has no name that it could be found by."""
     if isinstance(value, torch.Tensor) or _holds_tensor(value):
         raise StateError(f"{path}: a tensor in a set, or as a key, can't be saved; keep it in a list or as a value")

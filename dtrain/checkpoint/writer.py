@@ -10,13 +10,11 @@ part (see `catalog`).
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import io
 import json
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +43,7 @@ from dtrain.checkpoint.format import (
     tensors_to_json,
 )
 from dtrain.checkpoint.layout import Layout
+from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, encode, flatten
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.local import LocalStorage
@@ -216,7 +215,7 @@ class Indexes:
         if key is None or key != self._key:
             self._tensors = self.merged(tensors)
             bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=b"")
-            with _no_collection():
+            with no_collection():
                 manifest = Manifest.from_json(bare)
                 manifest.check_whole()
                 self._index = dcp_index(manifest)
@@ -237,18 +236,6 @@ class Indexes:
         for text in tensors:
             merged |= json.loads(text)
         return json_text(merged)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Among the millions of objects of a large index none is garbage, but looking for it would take twice the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def dcp_index(manifest: Manifest) -> bytes:
