@@ -72,8 +72,8 @@ def planning(ranks: int, root: Path) -> dict[str, float]:
     )
     # fmt: on
     found = {
-        "plan": timed(lambda: snapshots._lay_out(tensors))[0],
-        "plan_cached": min(timed(lambda: snapshots._lay_out(tensors))[0] for _ in range(5)),
+        "plan": timed(lambda: snapshots._lay_out(tensors, tensors))[0],
+        "plan_cached": min(timed(lambda: snapshots._lay_out(tensors, tensors))[0] for _ in range(5)),
     }
     layout = Layout(local_items(tensors, 0, ranks))
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -16,7 +16,7 @@ import torch
 
 from dtrain.checkpoint.tree import decode, encode, flatten
 from dtrain.errors import SaveError, StateError
-from tests.saving import Kept, commits, differences, round_trip, save
+from tests.saving import Kept, Saver, commits, differences, round_trip, save
 from tests.world import alone, errors, in_world
 
 
@@ -148,6 +148,19 @@ def test_what_can_not_be_saved_without_pickle_is_refused_by_its_place(tmp_path: 
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_what_was_refused_once_is_refused_again(tmp_path: Path) -> None:
+    def work() -> None:
+        saver = Saver(tmp_path, kept=(kept := Kept({"a": torch.zeros(3)})))
+        saver.save(1)
+        kept.value = {"a.b": torch.zeros(4), "a": {"b": 2}}
+        for step in (2, 3):
+            with pytest.raises(StateError, match="two values in the state are called"):
+                saver.save(step)
+
+    alone(work)
+    assert commits(tmp_path) == [1]
+
+
 def test_dicts_and_tuples_of_other_classes_come_back_as_plain_ones() -> None:
     point = collections.namedtuple("point", "x y")
     tree = {"a": collections.OrderedDict(b=1), "c": point(1, 2), "d": collections.Counter("aab")}
@@ -164,4 +177,17 @@ def test_values_that_differ_between_ranks_are_refused_by_the_name_of_their_objec
 
     for message in in_world(2, work):
         assert "the plain values of kept differ between ranks 0 and 1" in message
+    assert commits(tmp_path) == []
+
+
+def test_tensors_of_other_shapes_on_another_rank_are_refused(tmp_path: Path) -> None:
+    """Which rank writes which of them follows from their sizes: some would be missing, or another model's."""
+
+    def work(rank: int) -> str:
+        with pytest.raises(SaveError) as found:
+            save(tmp_path, kept=Kept({"a": torch.zeros(3), "b": torch.zeros(3 + rank)}))
+        return str(found.value)
+
+    for message in in_world(2, work):
+        assert "the names, types or shapes of the tensors differ between ranks 0 and 1" in message
     assert commits(tmp_path) == []

@@ -43,6 +43,8 @@ class Report:
     layout: str = ""
     """Digest of the layout, whose texts are sent once."""
     size: int = 0
+    shapes: str = ""
+    """Digest of all tensors' names, types and whole shapes."""
     objects: dict[str, str] = field(default_factory=dict)
     """Digest of each tracked object's plain values."""
     digests: bytes = b""
@@ -74,7 +76,7 @@ class Agreement:
         self._store.set(f"process/{rank}", json.dumps([machine(), os.getpid()]))
         self._sent = ""
         self._layouts: dict[int, tuple[str, str, str]] = {}
-        self._done: list[str] = []
+        self._done: list[list[str]] = []
 
     def attempt(self, save: str, folder: str | None = None) -> str:
         """The folder that all ranks write into; empty if the save was called off.
@@ -112,10 +114,12 @@ class Agreement:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise TimeoutError(f"the savers of ranks {missing} did not answer within {self._timeout}") from None
         found = [Report.from_bytes(data) for data in self._get(keys)]
-        # Who has reported this save has heard the outcome of the one before.
-        for key in self._done:
-            self._store.delete_key(key)
-        self._done = [*keys, *(f"{save}/{what}" for what in ("attempt", "decided", "outcome"))]
+        # Whoever has reported this save has heard the outcome of the one before; but if it was called off on a rank
+        # whose saver is still with the one before, only that of the one before that.
+        while len(self._done) > 1:
+            for key in self._done.pop(0):
+                self._store.delete_key(key)
+        self._done.append([*keys, *(f"{save}/{what}" for what in ("attempt", "decided", "outcome"))])
         return found
 
     def layouts(self, reports: list[Report]) -> list[tuple[str, str]]:

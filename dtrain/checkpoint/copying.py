@@ -9,7 +9,7 @@ import torch
 
 from dtrain.checkpoint.plan import owners
 
-_COPY_BYTES = 256 << 20
+_COPY_BYTES = 64 << 20
 """A thread that copies less isn't worth its start."""
 
 

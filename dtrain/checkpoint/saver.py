@@ -234,7 +234,9 @@ class Saver:
                 if copies:
                     part = with_values(part, copies, sink)
         layout = digest((part.items + meta["tensors"]).encode()) if copies else meta["layout"]
-        report = Report(layout=layout, size=part.size, objects=meta["objects"], digests=part.digests)
+        report = Report(
+            layout=layout, size=part.size, shapes=meta["shapes"], objects=meta["objects"], digests=part.digests
+        )
         return report, part.items, meta["tensors"]
 
     def _memory_of(self, snapshot: Snapshot) -> memoryview:
@@ -260,6 +262,11 @@ class Saver:
             if report.error:
                 raise SaveError(f"rank {rank}: {report.error}")
         for rank, report in enumerate(reports):
+            if report.shapes != reports[0].shapes:
+                raise SaveError(
+                    f"the names, types or shapes of the tensors differ between ranks 0 and {rank}, and a checkpoint "
+                    "has room for one model: build the same one on all ranks"
+                )
             names = sorted(reports[0].objects.keys() | report.objects.keys())
             differ = [name for name in names if reports[0].objects.get(name) != report.objects.get(name)]
             if differ:

@@ -28,11 +28,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dtrain.checkpoint.copying import copy
-from dtrain.checkpoint.format import digest, json_text
+from dtrain.checkpoint.format import digest, json_text, tensors_to_json
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.machine import available_bytes, no_collection
 from dtrain.checkpoint.plan import local_items, local_part
-from dtrain.checkpoint.tree import encode, flatten
+from dtrain.checkpoint.tree import dtype_name, encode, flatten
 
 SLOTS = 2
 _MADV_POPULATE_WRITE = 23
@@ -177,6 +177,7 @@ class Snapshots:
         self._known: tuple[Any, ...] = ()
         """What the layout depends on: names, and what is known of each tensor."""
         self._layout = Layout([])
+        self._shapes = ""
         self._mapped: list[_Mapped | None] = [None] * SLOTS
         self._in_memory = True
         self._preparing: threading.Thread | None = None
@@ -195,9 +196,7 @@ class Snapshots:
         self.complete()
         tensors: dict[str, torch.Tensor] = {}
         texts = {name: json_text(encode(value, name, tensors)) for name, value in tree.items()}
-        if self._changed(tensors):
-            flatten(tree)  # raises where two values would have one name
-            self._lay_out(tensors)
+        self._lay_out(tree, tensors)
         index = self._choose()
         slot = self._board.slots[index]
         slot.whole = 0  # from here on nobody restores it: laying it out anew writes to it as well
@@ -240,6 +239,7 @@ class Snapshots:
             "rank": self._rank,
             "world_size": self._world_size,
             "layout": self._layout.digest,
+            "shapes": self._shapes,
             "size": self._layout.size,
             "items": self._layout.items,
             "tensors": self._layout.tensors,
@@ -247,20 +247,24 @@ class Snapshots:
             "tree": "{" + ",".join(f"{json_text(name)}:{text}" for name, text in texts.items()) + "}",
         }
 
-    def _changed(self, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these need another layout than those of the last time."""
-        known = [
-            (t.dtype, t.shape, t.device_mesh, t.placements) if isinstance(t, DTensor) else (t.dtype, t.shape)
-            for t in tensors.values()
-        ]
-        names = list(tensors)
-        before, self._known = self._known, (names, known)
-        return before != self._known
-
-    def _lay_out(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _lay_out(self, tree: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Plan and lay out anew, if the tensors of the tree aren't those of the last time."""
+        known = (
+            list(tensors),
+            [
+                (t.dtype, t.shape, t.device_mesh, t.placements) if isinstance(t, DTensor) else (t.dtype, t.shape)
+                for t in tensors.values()
+            ],
+        )
+        if known == self._known:
+            return
+        flatten(tree)  # raises where two values would have one name
         self._layout = Layout(local_items(tensors, self._rank, self._world_size))
+        shapes = {name: (dtype_name(tensors[name].dtype), tensors[name].shape) for name in sorted(tensors)}
+        self._shapes = digest(tensors_to_json(shapes).encode())
         self._mapped = [None] * SLOTS
         self._in_memory = self._fits()
+        self._known = known  # at the end: what was raised before is raised the next time as well
 
     def _choose(self) -> int:
         """The slot that is the least needed, and isn't held by the saver: of two, one is always free."""

@@ -189,13 +189,16 @@ class Show:
             [[f"{f['chunks']:,}", size_text(f["bytes"]), f["file"]] for f in files],
             right=("chunks", "bytes"),
         )
-        shown = _first(list(values.items()), self.values)
+        # Who asks for some of the tensors or of the values alone gets these alone.
+        shown = _first(list(values.items()), self.values) if self.values or not self.tensors else []
         if shown:
             print()
-            most = max(len(name) for name, _ in shown)
-            print_table(["value", ""], [[shortened(name, 40) if most > 40 else name, value] for name, value in shown])
+            cut = width() is not None
+            print_table(["value", ""], [[shortened(name, 40) if cut else name, value] for name, value in shown])
             _and_more(len(values) - len(shown), "--values '*'")
-        rows = _first(tensors, self.tensors)
+        if self.values is not None and not values:
+            print(f"\nno plain value is called {self.values}")
+        rows = _first(tensors, self.tensors) if self.tensors or not self.values else []
         if rows:
             print()
             print_table(
