@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from checkpoint_peers import Training
+from checkpoint_world import connection
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.channel import Remote, send, serve
@@ -51,7 +52,7 @@ class Dtrain:
         dist.broadcast_object_list(name)
 
         def connect() -> dist.Store:
-            return dist.PrefixStore(f"savers/{name[0]}", dist.distributed_c10d._get_default_store())
+            return dist.PrefixStore(f"savers/{name[0]}", connection())
 
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 

@@ -39,11 +39,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtrain.checkpoint.agreement import Agreement, Outcome, Report
 from dtrain.checkpoint.format import DIGEST_BYTES, Part, digest, json_text
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.plan import local_items
 from dtrain.checkpoint.snapshot import Slots, Snapshots
 from dtrain.checkpoint.tree import encode
-from dtrain.checkpoint.writer import Indexes, shard_name
+from dtrain.checkpoint.writer import shard_name
 from dtrain.elastic.process import fork
 from dtrain.storage.local import LocalStorage
 

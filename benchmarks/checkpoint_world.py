@@ -9,6 +9,7 @@ import pickle
 import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -41,12 +42,12 @@ class World:
     ) -> Any:
         """What `work` returned on rank 0. :param each: is called again and again meanwhile."""
         children: list[Child] = []
-        store = tempfile.mkdtemp(dir=self._roots[0])
+        listener = socket.create_server(("127.0.0.1", 0))
         end, start = os.pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             for rank in range(ranks):
-                child = fork(partial(self._rank, rank, ranks, store, work, start, log.fileno()))
+                child = fork(partial(self._rank, rank, ranks, listener, work, start, log.fileno()))
                 children.append(child)  # one by one: if a fork fails, those before it are ended
             os.close(start)
             data, running = b"", list(children)
@@ -70,13 +71,14 @@ class World:
                 child.kill()
             end_descendants()
             os.close(end)
+            listener.close()
             log.close()
             for root in self._roots:
                 for path in root.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @staticmethod
-    def _rank(rank: int, ranks: int, store: str, work: Callable[..., Any], start: int, log: int) -> int:
+    def _rank(rank: int, ranks: int, listener: socket.socket, work: Callable[..., Any], start: int, log: int) -> int:
         terminal = os.fdopen(os.dup(2), "w")
         os.dup2(log, 2)  # the peers and what they start say much; it is shown when a rank fails
         warnings.simplefilter("ignore")
@@ -86,8 +88,9 @@ class World:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
             backend = "cpu:gloo,cuda:nccl"
-        found = dist.FileStore(f"{store}/store", ranks)
-        dist.init_process_group(backend, store=found, rank=rank, world_size=ranks)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        store = connection(listener if rank == 0 else None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
         begun = time.monotonic()
 
         def say(text: str) -> None:
@@ -101,6 +104,16 @@ class World:
             with os.fdopen(start, "wb") as file:
                 file.write(pickle.dumps(outcome))
         return 0
+
+
+def connection(listener: socket.socket | None = None) -> dist.TCPStore:
+    """A connection of its own to the store of this process's world. :param listener: given by who is to serve it."""
+    # fmt: off
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=listener is not None,
+        wait_for_workers=False, master_listen_fd=None if listener is None else os.dup(listener.fileno()),
+    )
+    # fmt: on
 
 
 def children_of(pid: int) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import BLOCK_BYTES, BlockHasher, Part, TensorItem, json_text
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.interchange import Progress, pwrite
 from dtrain.checkpoint.layout import Layout, Place
 from dtrain.checkpoint.log import Entry, Log
@@ -23,7 +24,7 @@ from dtrain.checkpoint.plan import local_items
 from dtrain.checkpoint.sources import Source, renamed
 from dtrain.checkpoint.state import RUN
 from dtrain.checkpoint.tree import dtype_named
-from dtrain.checkpoint.writer import Indexes, pickled, shard_name, with_values
+from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Sink
 from dtrain.storage.local import LocalStorage

@@ -164,12 +164,16 @@ class Manifest:
     def check_whole(self) -> None:
         """:raises StateError: the chunks of a tensor aren't the whole of it, once."""
         for name, item in self.tensors.items():
-            held = sum(math.prod(chunk.sizes) for chunk in item.chunks)
-            if held != math.prod(item.shape) or (not item.chunks):
-                raise StateError(
-                    f"{name}: the ranks have saved {held} elements of a tensor of shape {tuple(item.shape)}; "
-                    "they don't hold the same model"
-                )
+            check_whole(name, item.shape, len(item.chunks), sum(math.prod(chunk.sizes) for chunk in item.chunks))
+
+
+def check_whole(name: str, shape: list[int], chunks: int, elements: int) -> None:
+    """:raises StateError: so many chunks with so many elements aren't the whole of a tensor, once."""
+    if elements != math.prod(shape) or not chunks:
+        raise StateError(
+            f"{name}: the ranks have saved {elements} elements of a tensor of shape {tuple(shape)}; "
+            "they don't hold the same model"
+        )
 
 
 def blocks(length: int, block_bytes: int = BLOCK_BYTES) -> int:

@@ -28,6 +28,7 @@ from dtrain.checkpoint.layout import Sparse
 from dtrain.checkpoint.sources import SAFETENSORS_TYPES, Source
 from dtrain.checkpoint.tree import Tree, decode, dtype_named, flatten
 from dtrain.errors import ConfigError, StateError
+from dtrain.storage.local import sync_folder
 
 SHARD_BYTES = 5_000_000_000
 """The size up to which a file of safetensors holds several tensors; what Hugging Face's tools use."""
@@ -275,11 +276,11 @@ def _appearing(destination: Path, *, folder: bool, force: bool) -> Iterator[Path
         yield half
         check()
         if folder:
-            _fsync(half)
+            sync_folder(half)
             if destination.exists():
                 destination.rename(old)
         half.rename(destination)
-        _fsync(destination.parent)
+        sync_folder(destination.parent)
     finally:
         for path in (half, old):
             if path.is_dir():
@@ -290,11 +291,3 @@ def _appearing(destination: Path, *, folder: bool, force: bool) -> Iterator[Path
 
 def _ours(name: str) -> bool:
     return name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
 from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest, Part
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.log import Log
 from dtrain.checkpoint.machine import machine
 from dtrain.checkpoint.reader import load_shared, load_tensors
 from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
-from dtrain.checkpoint.writer import Indexes, shard_name
+from dtrain.checkpoint.writer import shard_name
 from dtrain.errors import Damaged, DtrainError, Fenced, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.local import LocalStorage

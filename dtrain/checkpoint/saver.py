@@ -22,9 +22,10 @@ import torch.distributed as dist
 from dtrain.checkpoint.agreement import Agreement, Outcome, Report
 from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.format import Part, digest, hash_item
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.snapshot import Slots, Snapshot
-from dtrain.checkpoint.writer import Indexes, pickled, shard_name, with_values
+from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.config import Config, Interval
 from dtrain.errors import DtrainError, SaveError
 from dtrain.observe.events import Events

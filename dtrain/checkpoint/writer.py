@@ -13,38 +13,20 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import StorageWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dtrain.checkpoint.format import (
-    MANIFEST,
-    METADATA,
-    BlockHasher,
-    Manifest,
-    Part,
-    digest,
-    json_text,
-    tensors_to_json,
-)
+from dtrain.checkpoint.format import BlockHasher, Part, json_text, tensors_to_json
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
-from dtrain.checkpoint.machine import no_collection
-from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, encode, flatten
+from dtrain.checkpoint.tree import decode, dtype_name, encode, flatten
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.local import LocalStorage
 
@@ -182,84 +164,3 @@ def with_values(part: Part, copies: dict[str, bytes], sink: Sink) -> Part:
     more = json_text(items)[1:-1]
     text = part.items if not more else f"{part.items[:-1]}{',' if len(part.items) > 2 else ''}{more}]"
     return Part(file=part.file, size=size, items=text, digests=b"".join(digests))
-
-
-class Indexes:
-    """Writes the two indexes of an attempt. What stays the same from save to save is made once."""
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._tensors = ""
-        self._index = b""
-
-    def write(
-        self,
-        storage: Storage,
-        folder: str,
-        parts: list[Part],
-        *,
-        step: int,
-        world_size: int,
-        tree: str,
-        tensors: Iterable[str],
-        key: object = None,
-    ) -> str:
-        """Write `.metadata` and the manifest of an attempt whose shard files are durable.
-
-        :param tree: JSON text of the state.
-        :param tensors: JSON texts of the types and shapes of the tensors, which may say the same several times.
-        :param key: equal to the last one where only the tensors' bytes and `tree` have changed.
-        :returns: the manifest's digest.
-        :raises StateError: the parts don't make up the whole of every tensor.
-        """
-        if key is None or key != self._key:
-            self._tensors = self.merged(tensors)
-            bare = Manifest.join(parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=b"")
-            with no_collection():
-                manifest = Manifest.from_json(bare)
-                manifest.check_whole()
-                self._index = dcp_index(manifest)
-            self._key = key
-        data = Manifest.join(
-            parts, step=step, world_size=world_size, tree=tree, tensors=self._tensors, index=self._index
-        )
-        for name, content in ((METADATA, self._index), (MANIFEST, data)):
-            with storage.open_new(f"{folder}/{name}") as sink:
-                sink.write(content)
-        storage.seal(folder)
-        return digest(data)
-
-    @staticmethod
-    def merged(tensors: Iterable[str]) -> str:
-        """One JSON text of types and shapes, of several."""
-        merged: dict[str, Any] = {}
-        for text in tensors:
-            merged |= json.loads(text)
-        return json_text(merged)
-
-
-def dcp_index(manifest: Manifest) -> bytes:
-    """The file `.metadata` that stock DCP goes by."""
-    known: dict[tuple[int, ...], torch.Size] = {}
-
-    def size(numbers: Sequence[int]) -> torch.Size:
-        # The same object for the same numbers, which is pickled once.
-        key = tuple(numbers)
-        return known.setdefault(key, torch.Size(key))
-
-    entries: dict[str, Any] = {}
-    storage_data: dict[MetadataIndex, _StorageInfo] = {}
-    for name, item in manifest.tensors.items():
-        boxes = []
-        for chunk in item.chunks:
-            offsets = size(chunk.offsets)
-            boxes.append(ChunkStorageMetadata(offsets, size(chunk.sizes)))
-            storage_data[MetadataIndex(name, offsets)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
-        properties = TensorProperties(dtype=dtype_named(item.dtype))
-        entries[name] = TensorStorageMetadata(properties, size(item.shape), boxes)
-    for name, piece in manifest.values.items():
-        entries[name] = BytesStorageMetadata()
-        storage_data[MetadataIndex(name)] = _StorageInfo(piece.file, piece.offset, piece.length)
-    placeholder = torch.empty(0, device="meta")
-    paths = {name: path for name, (path, _) in flatten(decode(manifest.tree, lambda _: placeholder)).items()}
-    return pickle.dumps(Metadata(state_dict_metadata=entries, planner_data=paths, storage_data=storage_data))

@@ -85,7 +85,7 @@ class LocalStorage:
                     raise
         finally:
             half.unlink(missing_ok=True)
-        _fsync(target.parent)
+        sync_folder(target.parent)
 
     @contextlib.contextmanager
     def open_new(self, path: str) -> Iterator[Sink]:
@@ -141,8 +141,8 @@ class LocalStorage:
 
     def seal(self, folder: str) -> None:
         path = self._path(folder)
-        _fsync(path)
-        _fsync(path.parent)
+        sync_folder(path)
+        sync_folder(path.parent)
 
     def remove(self, folder: str) -> None:
         shutil.rmtree(self._path(folder), ignore_errors=True)
@@ -213,10 +213,11 @@ def _make_folder(folder: Path) -> None:
         if not folder.parent.exists():
             _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _fsync(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _fsync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
