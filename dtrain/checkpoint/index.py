@@ -104,15 +104,16 @@ def dcp_index(parts: Iterable[Part], tree: str, tensors: str) -> bytes:
     held = dict.fromkeys(shapes, 0)
     values: list[str] = []
     places: list[bytes] = []
+    known = pickled.references.get  # half a million times, a call of one's own is too much
     for part in parts:
         file = pickled.text(part.file)
         for name, offset, length, *box in json.loads(part.items):
             if box:
-                _, offsets, sizes = box
-                start = pickled.size(offsets)
+                offsets, sizes = tuple(box[1]), tuple(box[2])
+                start = known(offsets) or pickled.size(offsets)
                 held[name] += math.prod(sizes)
-                boxes[name].append(chunk % (start, pickled.size(sizes)))
-                places.append(of_box % (pickled.text(name), start))
+                boxes[name].append(chunk % (start, known(sizes) or pickled.size(sizes)))
+                places.append(of_box % (known(name) or pickled.text(name), start))
             else:
                 values.append(name)
                 places.append(of_value % pickled.text(name))
@@ -125,7 +126,7 @@ def dcp_index(parts: Iterable[Part], tree: str, tensors: str) -> bytes:
         if dtype not in kinds:
             properties = TensorProperties(dtype=dtype_named(dtype))
             kinds[dtype] = pickled.template(TensorStorageMetadata(properties, _HOLE, _HOLE))
-        entries += pickled.text(name), kinds[dtype] % (pickled.size(shape), b"](" + b"".join(boxes[name]) + b"e")
+        entries += pickled.text(name), kinds[dtype] % (pickled.size(tuple(shape)), b"](" + b"".join(boxes[name]) + b"e")
     of_bytes = pickled.template(BytesStorageMetadata()) % ()
     for name in values:
         entries += pickled.text(name), of_bytes
@@ -148,7 +149,8 @@ class _Opcodes:
     def __init__(self) -> None:
         self._made: list[bytes] = []
         self._numbers: dict[Any, int] = {}
-        self._references: dict[Any, bytes] = {}
+        self.references: dict[Any, bytes] = {}
+        """The opcodes that stand for what has a number."""
 
     def stream(self, body: bytes) -> bytes:
         """The whole pickle: what has a number, and an object that refers to it."""
@@ -167,23 +169,22 @@ class _Opcodes:
         return _MARK.sub(filled, body)
 
     def text(self, value: str) -> bytes:
-        if value not in self._references:
+        if value not in self.references:
             data = value.encode("utf-8", "surrogatepass")
             self._make(value, b"X" + struct.pack("<I", len(data)) + data)
-        return self._references[value]
+        return self.references[value]
 
-    def size(self, numbers: list[int]) -> bytes:
+    def size(self, numbers: tuple[int, ...]) -> bytes:
         """A `torch.Size`."""
-        key = tuple(numbers)
-        if key not in self._references:
-            self._make(key, self.name(torch.Size) + b"(" + b"".join(map(_number, key)) + b"t\x85R")
-        return self._references[key]
+        if numbers not in self.references:
+            self._make(numbers, self.name(torch.Size) + b"(" + b"".join(map(_number, numbers)) + b"t\x85R")
+        return self.references[numbers]
 
     def name(self, kind: type) -> bytes:
         """A class, by its name."""
-        if kind not in self._references:
+        if kind not in self.references:
             self._make(kind, f"c{kind.__module__}\n{kind.__qualname__}\n".encode())
-        return self._references[kind]
+        return self.references[kind]
 
     def number_of(self, value: str | type) -> int:
         """By which a text or a class is referred to."""
@@ -192,7 +193,7 @@ class _Opcodes:
 
     def _make(self, key: Any, opcodes: bytes) -> None:
         number = self._numbers[key] = len(self._numbers)
-        self._references[key] = _reference(number)
+        self.references[key] = _reference(number)
         self._made.append(opcodes + b"r" + struct.pack("<I", number) + b"0")
 
 
