@@ -8,12 +8,11 @@ from its digests.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from dtrain.checkpoint.format import Manifest, TensorItem
-from dtrain.checkpoint.tree import decode, flatten
+from dtrain.checkpoint.tree import leaves_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ def described(item: TensorItem) -> str:
 
 def plain_values(manifest: Manifest) -> dict[str, str]:
     """Everything in a state that is no tensor, by dotted name, as Python writes it."""
-    leaves: dict[str, tuple[Any, Any]] = flatten(decode(manifest.tree, lambda _: torch.empty(0)))
-    return {name: repr(leaf) for name, (_, leaf) in leaves.items() if not isinstance(leaf, torch.Tensor)}
+    return {
+        name: repr(leaf) for name, (_, leaf) in leaves_of(manifest.tree).items() if not isinstance(leaf, torch.Tensor)
+    }
 
 
 def _digests(item: TensorItem) -> dict[tuple[tuple[int, ...], tuple[int, ...]], bytes]:

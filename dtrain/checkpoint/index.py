@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from dtrain.checkpoint.format import MANIFEST, METADATA, Manifest, Part, check_whole, digest, json_text
 from dtrain.checkpoint.machine import no_collection
-from dtrain.checkpoint.tree import decode, dtype_named, flatten
+from dtrain.checkpoint.tree import dtype_named, leaves_of
 from dtrain.storage.base import Storage
 
 
@@ -130,8 +130,7 @@ def dcp_index(parts: Iterable[Part], tree: str, tensors: str) -> bytes:
     of_bytes = pickled.template(BytesStorageMetadata()) % ()
     for name in values:
         entries += pickled.text(name), of_bytes
-    placeholder = torch.empty(0, device="meta")
-    paths = {name: path for name, (path, _) in flatten(decode(json.loads(tree), lambda _: placeholder)).items()}
+    paths = {name: path for name, (path, _) in leaves_of(json.loads(tree)).items()}
     whole = pickled.template(Metadata(state_dict_metadata=_HOLE, planner_data=paths, storage_data=_HOLE))
     return pickled.stream(whole % tuple(b"}(" + b"".join(each) + b"u" for each in (entries, places)))
 
@@ -148,7 +147,6 @@ class _Opcodes:
 
     def __init__(self) -> None:
         self._made: list[bytes] = []
-        self._numbers: dict[Any, int] = {}
         self.references: dict[Any, bytes] = {}
         """The opcodes that stand for what has a number."""
 
@@ -188,11 +186,11 @@ class _Opcodes:
 
     def number_of(self, value: str | type) -> int:
         """By which a text or a class is referred to."""
-        self.text(value) if isinstance(value, str) else self.name(value)
-        return self._numbers[value]
+        reference = self.text(value) if isinstance(value, str) else self.name(value)
+        return int.from_bytes(reference[1:], "little")
 
     def _make(self, key: Any, opcodes: bytes) -> None:
-        number = self._numbers[key] = len(self._numbers)
+        number = len(self._made)
         self.references[key] = _reference(number)
         self._made.append(opcodes + b"r" + struct.pack("<I", number) + b"0")
 

@@ -26,7 +26,7 @@ import torch
 from dtrain.checkpoint.format import TensorItem
 from dtrain.checkpoint.layout import Sparse
 from dtrain.checkpoint.sources import SAFETENSORS_TYPES, Source
-from dtrain.checkpoint.tree import Tree, decode, dtype_named, flatten
+from dtrain.checkpoint.tree import Tree, decode, dtype_named, leaves_of
 from dtrain.errors import ConfigError, StateError
 from dtrain.storage.local import sync_folder
 
@@ -102,8 +102,7 @@ def export_weights(
             "tells what to write"
         )
     if destination.suffix not in TORCH_SUFFIXES:
-        leaves = flatten(decode(tree, lambda _: torch.empty(0)))
-        left_out = [key for key, (_, leaf) in leaves.items() if not isinstance(leaf, torch.Tensor)]
+        left_out = [key for key, (_, leaf) in leaves_of(tree).items() if not isinstance(leaf, torch.Tensor)]
     with _appearing(destination, folder=folder, force=force) as half:
         for file in files:
             _write(half / file.name if folder else half, file, source, progress)

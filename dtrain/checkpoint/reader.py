@@ -36,7 +36,7 @@ from dtrain.checkpoint.blocks import Want, damaged_by, read_blocks
 from dtrain.checkpoint.format import Chunk, Manifest, TensorItem, digest
 from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.plan import local_part
-from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
+from dtrain.checkpoint.tree import dtype_name, dtype_named, leaves_of
 from dtrain.errors import Damaged, StateError
 from dtrain.storage.base import Readable, Storage
 
@@ -200,8 +200,7 @@ class Reader(StorageReader):
             for name, item in manifest.tensors.items()
             for chunk in item.chunks
         }
-        nothing = torch.empty(0, device="meta")
-        leaves = flatten(decode(manifest.tree, lambda _: nothing))
+        leaves = leaves_of(manifest.tree)
         self._values = {name: leaf for name, (_, leaf) in leaves.items() if name not in manifest.tensors}
         self.bytes_read = 0
 

@@ -183,3 +183,9 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Tree:
     if any(key.startswith("$") for key in value):
         raise Damaged(f"unknown value {next(iter(value))!r} in the manifest")
     return {key: inner(v) for key, v in value.items()}
+
+
+def leaves_of(value: Any) -> dict[str, tuple[tuple[str | int, ...], Any]]:
+    """The leaves of a tree that was encoded, as `flatten` gives them, with an empty tensor in the place of each."""
+    nothing = torch.empty(0, device="meta")
+    return flatten(decode(value, lambda _: nothing))

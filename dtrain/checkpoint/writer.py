@@ -26,7 +26,7 @@ from torch.futures import Future
 from dtrain.checkpoint.format import BlockHasher, Part, json_text, tensors_to_json
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
-from dtrain.checkpoint.tree import decode, dtype_name, encode, flatten
+from dtrain.checkpoint.tree import dtype_name, encode, flatten, leaves_of
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.local import LocalStorage
 
@@ -139,9 +139,8 @@ def pickled(tree: str) -> dict[str, bytes]:
 
     :param tree: JSON text of the state.
     """
-    placeholder = torch.empty(0, device="meta")
     copies = {}
-    for name, (_, leaf) in flatten(decode(json.loads(tree), lambda _: placeholder)).items():
+    for name, (_, leaf) in leaves_of(json.loads(tree)).items():
         if not isinstance(leaf, torch.Tensor):
             stream = io.BytesIO()
             # The older form is one pickle after the other, which may have bytes behind it that nobody reads.
