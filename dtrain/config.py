@@ -10,16 +10,22 @@ import dataclasses
 import difflib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.errors import ConfigError
+from dtrain.storage.base import Storage
+from dtrain.storage.places import is_remote, storage_at
 
 Unit = Literal["steps", "seconds", "epochs", "auto"]
 
 SAME_BITS = ("global_batch", "micro_batch", "seed")
 """The options that decide what is computed: equal in every start of a run."""
+
+_STATE = Path("~/.local/state/dtrain")
+"""Where the local parts of runs on a bucket lie."""
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -86,7 +92,8 @@ class Config:
     """The options of a run."""
 
     dir: str
-    """The run folder, on a local or shared disk. It is created if it isn't there, and continued if it is."""
+    """The run folder, on a local or shared disk, or an URL such as `s3://bucket/runs/x`. It is created if it isn't
+    there, and continued if it is."""
 
     global_batch: int
     """Samples in one optimizer step, over all ranks."""
@@ -134,6 +141,19 @@ class Config:
     unit: str = "samples"
     """What `count` counts, for the progress line."""
 
+    local_dir: str = ""
+    """A folder for what a bucket can't hold, where `dir` is an URL: events, metrics, and snapshots that don't fit into
+    memory. By default one below `~/.local/state/dtrain`."""
+
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    """How `dir` is reached where it is an URL. For S3: `endpoint_url`, `region`, `profile`, `path_style`, `timeout_s`
+    (how long a request is tried again), `client` ("obstore" or "s3fs"); by default what the environment and the profile
+    say. For other file systems: what fsspec passes on to them. Never credentials."""
+
+    unsafe_commit: bool = False
+    """Make do with a server that can't create an object exclusively. Two groups of processes that both take themselves
+    for the run could then undo each other's checkpoints."""
+
     def __new__(cls, **options: Any) -> Config:
         # Before the generated __init__, whose TypeError would not say what was meant.
         known = [field.name for field in dataclasses.fields(cls)]
@@ -147,9 +167,19 @@ class Config:
     def __post_init__(self) -> None:
         if not isinstance(self.dir, str | Path) or not str(self.dir):
             raise ConfigError(f"dir={self.dir!r} must be the path of a folder")
-        if "://" in str(self.dir):
-            raise ConfigError(f"dir={self.dir!r}: only folders on a local or shared disk are supported yet")
-        object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
+        if is_remote(self.dir):
+            object.__setattr__(self, "dir", str(self.dir).rstrip("/"))
+            local = self.local_dir or _STATE / "/".join(part for part in self.dir.split("/") if part).replace(":", "")
+            object.__setattr__(self, "local_dir", str(Path(local).expanduser().absolute()))
+        else:
+            if self.local_dir:
+                raise ConfigError(f"local_dir={self.local_dir!r} is for a dir that is an URL; leave it out")
+            if self.storage_options:
+                names = ", ".join(self.storage_options)
+                raise ConfigError(f"storage_options ({names}) are for a dir that is an URL; leave them out")
+            object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
+            object.__setattr__(self, "local_dir", self.dir)
+        self.storage()  # an option that can't be right is found here
         for name, least in (("global_batch", 1), ("micro_batch", 1), ("keep_last", 2), ("max_stalled", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -182,6 +212,10 @@ class Config:
     def micro_batches(self) -> int:
         """The length of the list of micro-batches that makes a step."""
         return self.global_batch // self.micro_batch
+
+    def storage(self) -> Storage:
+        """Of the run folder; nothing is opened yet."""
+        return storage_at(self.dir, self.storage_options, unsafe_commit=self.unsafe_commit)
 
     def check_world(self, world_size: int) -> None:
         """:raises ConfigError: there are more ranks than micro-batches, so that some would have nothing to do."""

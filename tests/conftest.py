@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from tests import evidence
 from tests.evidence import Evidence
 from tests.jobs import start
+from tests.s3_server import Server, seaweed
 from tests.train_job import Options
 
 STEPS = 60
@@ -33,3 +34,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         return found
 
     return of
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real S3 server, one for all tests."""
+    with seaweed(tmp_path_factory.mktemp("s3-")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    """The server, with what a client needs to know in this process's environment."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server

@@ -47,8 +47,8 @@ def at_byte(limit: int, act: Callable[[], None]) -> AbstractContextManager[objec
                 act()
 
     @contextmanager
-    def hooked(storage: LocalStorage, path: str) -> Iterator[Sink]:
-        with open_new(storage, path) as sink:
+    def hooked(storage: LocalStorage, path: str, size: int = 0) -> Iterator[Sink]:
+        with open_new(storage, path, size) as sink:
             yield Limited(sink) if path.endswith(".distcp") else sink
 
     return mock.patch.object(LocalStorage, "open_new", hooked)

@@ -273,7 +273,7 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_fault(
     """The log that the command has read doesn't tell of it yet."""
     command = transfer.open_run
 
-    def opened_then_deleted(folder: Path) -> Any:
+    def opened_then_deleted(folder: str) -> Any:
         opened = command(folder)
         log = log_of(run)
         log.claim(time.time(), "x")
@@ -327,8 +327,9 @@ def test_gc_lists_leftovers_and_deletes_them_only_when_told(run: Path, dtrain: D
     halves = [run / ".probe.1.half", run / FOLDER / ".00000009.json.1.half"]
     for half in [*halves, run / ".young.half"]:
         half.write_bytes(b"x")
-    for half in halves:
-        os.utime(half, (time.time() - 700, time.time() - 700))
+    assert dtrain("gc", run)[1] == "nothing is left over\n", "somebody may still be at work on it"
+    for old_file in [*halves, *(run / CHECKPOINTS).glob("*/*")]:
+        os.utime(old_file, (time.time() - 700, time.time() - 700))
     before = sorted(run.rglob("*"))
     code, out, _ = dtrain("gc", run)
     assert (code, sorted(run.rglob("*"))) == (0, before)

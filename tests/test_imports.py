@@ -19,8 +19,8 @@ LAYERS = (
     "elastic",
     "checkpoint",
     "observe",
-    "storage",
     "config",
+    "storage",
     "errors",
 )
 

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from dtrain.checkpoint.catalog import Catalog
 from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.policy import Keep
 from dtrain.elastic.process import Child, fork
 from dtrain.errors import Fenced
+from dtrain.observe.events import Events
 from dtrain.storage.local import LocalStorage
 
 RACERS = 16
@@ -273,7 +276,7 @@ def test_a_process_killed_in_the_middle_of_an_append_leaves_no_entry_in_part(sto
     assert reader.epoch == 15
 
 
-def test_the_sweep_takes_old_halves_and_leaves_those_of_the_living(storage: LocalStorage) -> None:
+def test_a_claim_deletes_old_halves_and_leaves_those_of_the_living(storage: LocalStorage) -> None:
     log = claimed(storage)
     folder = Path(storage.root) / FOLDER
     old, young = folder / ".00000009.json.aa.half", folder / ".00000009.json.bb.half"
@@ -284,8 +287,8 @@ def test_the_sweep_takes_old_halves_and_leaves_those_of_the_living(storage: Loca
     os.utime(folder / "00000000.json", (hour_ago, hour_ago))
     log.refresh()
     assert (log.broken, len(log.entries)) == ([], 1), "a half is no entry"
-    storage.sweep(FOLDER)
-    assert set(files(storage)) == {"00000000.json", young.name}
+    Catalog(storage, Keep(last=2), Events(storage.root)).claim()
+    assert set(files(storage)) == {"00000000.json", "00000001.json", young.name}
 
 
 def _wait_until_stopped(pid: int) -> None:

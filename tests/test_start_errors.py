@@ -31,7 +31,8 @@ def events(root: Path, kind: str) -> list[dict[str, object]]:
         (("colour", "red"), "unknown option 'colour'; there are: dir, global_batch, micro_batch, seed, save_every,"),
         (("save_every", "often"), "save_every='often' is no interval; write a number of steps (200), or a text such"),
         (("keep_last", "many"), "keep_last='many' must be a whole number, 2 or more"),
-        (("dir", "s3://bucket/run"), "dir='s3://bucket/run': only folders on a local or shared disk are supported yet"),
+        (("dir", "s3:///run"), "dir='s3:///run' must be like s3://bucket/prefix"),
+        (("storage_options", {"region": "x"}), "storage_options (region) are for a dir that is an URL; leave them out"),
         (("global_batch", 10), "global_batch=10 is no multiple of micro_batch=4; a step is a list of whole"),
     ],
 )

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from fsspec.spec import AbstractBufferedFile  # type: ignore[import-untyped]
+from fsspec.spec import AbstractBufferedFile
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem

@@ -6,11 +6,11 @@ It streams, as an export does.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -27,11 +27,16 @@ from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Sink
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import storage_at
 
 
 def adopt(
-    source: Source, run: Path, *, name: str = "model", key: str = "", progress: Progress = lambda done: None
+    source: Source,
+    run: str | os.PathLike[str],
+    *,
+    name: str = "model",
+    key: str = "",
+    progress: Progress = lambda done: None,
 ) -> str:
     """Make a run folder whose only checkpoint, of step 0, is somebody else's weights.
 
@@ -44,7 +49,7 @@ def adopt(
     """
     key = key or name
     items, tree = source.select(key)
-    storage = LocalStorage(str(run))
+    storage = storage_at(run)
     storage.prepare()
     log = Log(storage)
     log.refresh()

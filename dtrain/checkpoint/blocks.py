@@ -24,7 +24,7 @@ import xxhash
 from dtrain.checkpoint.format import DIGEST_BYTES, Chunk
 from dtrain.checkpoint.layout import bytes_of
 from dtrain.errors import Damaged
-from dtrain.storage.base import KeepsOpen, Readable
+from dtrain.storage.base import Distant, KeepsOpen, Readable
 
 _READ_BYTES = 4 << 20
 """Neighbouring blocks are read together up to this size, so that many small tensors cost one read."""
@@ -108,7 +108,10 @@ def read_blocks(
     """
     wants = [want for want in wants if want.target.numel()]
     devices = {want.target.device for want in wants if want.target.is_cuda}
-    left = _reads(block for want in wants for block in _blocks(folder, want, block_bytes))
+    most, count = _READ_BYTES, threads or default_threads()
+    if isinstance(storage, Distant):
+        most, count = storage.read_bytes, threads or storage.reads_at_once
+    left = _reads((block for want in wants for block in _blocks(folder, want, block_bytes)), most)
     turn = threading.Lock()
     failures: list[BaseException] = []
     read_bytes = 0
@@ -130,7 +133,6 @@ def read_blocks(
         except BaseException as error:
             failures.append(error)
 
-    count = threads or default_threads()
     helpers = [threading.Thread(target=work, name=f"dtrain-read-{n}", daemon=True) for n in range(1, count)]
     with storage.keep_open() if isinstance(storage, KeepsOpen) else contextlib.nullcontext():
         for helper in helpers:
@@ -190,16 +192,12 @@ def _memory_of(target: torch.Tensor) -> memoryview:
     return memory
 
 
-def _reads(blocks: Iterable[_Block]) -> Iterator[_Read]:
-    """Neighbouring blocks together. They come in the order of the state, in which they lie in each file."""
+def _reads(blocks: Iterable[_Block], most: int) -> Iterator[_Read]:
+    """Neighbouring blocks together, up to so many bytes. They come as in the state, which is their order in a file."""
     last: dict[str, _Read] = {}
     for block in blocks:
         read = last.get(block.file)
-        if (
-            read is None
-            or not read.stop <= block.start <= read.stop + _GAP_BYTES
-            or block.stop - read.start > _READ_BYTES
-        ):
+        if read is None or not read.stop <= block.start <= read.stop + _GAP_BYTES or block.stop - read.start > most:
             if read is not None:
                 yield read
             read = last[block.file] = _Read(block.file, block.start, block.stop)

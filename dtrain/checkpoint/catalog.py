@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dtrain.checkpoint.format import MANIFEST
-from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.policy import Keep, to_retire
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.errors import Damaged, NoGoodCheckpoint
 from dtrain.observe.events import Events
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.base import Distant, Storage
 
 CHECKPOINTS = "checkpoints"
+ABANDONED_S = 600.0
+"""What is half-made and of this age belongs to a process that is gone."""
 
 
 class Catalog:
@@ -28,7 +30,7 @@ class Catalog:
     :param keep: which checkpoints are kept.
     """
 
-    def __init__(self, storage: LocalStorage, keep: Keep, events: Events) -> None:
+    def __init__(self, storage: Storage, keep: Keep, events: Events) -> None:
         self._storage = storage
         self._keep = keep
         self._events = events
@@ -44,8 +46,10 @@ class Catalog:
         claim = self.log.claim(time.time(), uuid.uuid4().hex[:8], after=after)
         for broken in self.log.broken:
             self._events.warn(f"{self._storage.root}/{broken}: passed over")
-        for folder in (".", FOLDER):
-            self._storage.sweep(folder)
+        if not isinstance(self._storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
+            for left in self._storage.half_made():
+                if time.time() - left.changed > ABANDONED_S:
+                    left.remove()
         whole = {entry.attempt for entry in (*self.log.commits(), *self.log.bad())}
         for name in self._storage.names(CHECKPOINTS):
             # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
@@ -94,7 +98,7 @@ class Catalog:
 
 
 def candidates(
-    storage: LocalStorage, log: Log, condemn: Callable[[str, int, str], None]
+    storage: Storage, log: Log, condemn: Callable[[str, int, str], None]
 ) -> Iterator[tuple[Entry, bytes] | None]:
     """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none.
 

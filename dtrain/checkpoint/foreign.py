@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
@@ -94,7 +95,7 @@ def read_stock(root: str) -> tuple[Storage, Manifest, dict[str, str]]:
         entries: dict[str, Record] = index["state_dict_metadata"]
         places = {(key["fqn"], key.state.get("offset")): info for key, info in index["storage_data"].items()}
         paths: dict[str, tuple[str | int, ...]] = index["planner_data"] or {}
-        files = {file: storage.size(file) for file in sorted({_file(info, place) for info in places.values()})}
+        files = {file: os.stat(f"{root}/{file}").st_size for file in sorted({_file(i, place) for i in places.values()})}
         leaves: list[tuple[tuple[str | int, ...], Any]] = []
         tensors: dict[str, TensorItem] = {}
         refused: dict[str, str] = {}

@@ -33,7 +33,7 @@ from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import Damaged, NoGoodCheckpoint, StateError, UsageError
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import is_remote, storage_at
 
 _PARAMETERS = ("params", "param_names")
 
@@ -139,23 +139,23 @@ def find(source: str | os.PathLike[str], step: int | None = None) -> Source:
     :raises: see `open_source`.
     """
     if not _several_ranks():
-        return _find(Path(source), step)
+        return _find(source, step)
     found: list[Source] = []
 
     def on_rank_0() -> tuple[str, int | None]:
-        found.append(_find(Path(source), step))
+        found.append(_find(source, step))
         inside = found[0].kind == "checkpoint"
         return (found[0].place, None) if inside else (str(source), step)
 
     place, step = from_rank_0(on_rank_0)
-    return found[0] if found else open_source(Path(place), step=step)
+    return found[0] if found else open_source(place, step=step)
 
 
-def _find(path: Path, step: int | None) -> Source:
+def _find(path: str | os.PathLike[str], step: int | None) -> Source:
     """:raises NoGoodCheckpoint: also in place of `Damaged`, which is for what is found while tensors are read."""
     steps: list[int | None] = [step]
-    if step is None and (path / FOLDER).is_dir():
-        log = Log(LocalStorage(str(path)))
+    if step is None and (is_remote(path) or (Path(path) / FOLDER).is_dir()):
+        log = Log(storage_at(path))
         log.refresh()
         steps = [commit.step for commit in reversed(log.commits())]
     reasons = []

@@ -15,14 +15,16 @@ An entry is one of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import xxhash
 
 from dtrain.errors import Damaged, Fenced
-from dtrain.storage.base import Storage
+from dtrain.storage.base import Distant, Storage
 
 FOLDER = "log"
 Kind = Literal["claim", "commit", "bad", "retire"]
@@ -70,15 +72,29 @@ class Log:
     def refresh(self) -> list[Entry]:
         """Read what has been added since, and return it."""
         before = len(self.entries)
-        for name in self._storage.names(FOLDER):
-            stem, _, suffix = name.partition(".")
-            if suffix == "json" and stem.isdigit() and int(stem) >= self._next:
-                self._next = int(stem) + 1
-                try:
-                    self.entries.append(_decode(self._storage.read(f"{FOLDER}/{name}"), int(stem)))
-                except (Damaged, FileNotFoundError, IsADirectoryError) as error:
-                    self.broken.append(f"{FOLDER}/{name}: {error}")
+        names = self._storage.names(FOLDER, after=f"{self._next - 1:08d}.json" if self._next else "")
+        numbers = [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
+        numbers = [number for number in numbers if number >= self._next]
+        at_once = self._storage.reads_at_once if isinstance(self._storage, Distant) else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            found = list(
+                pool.map(self._read, numbers) if len(numbers) > 1 and at_once > 1 else map(self._read, numbers)
+            )
+        for number, entry in zip(numbers, found, strict=True):
+            self._next = number + 1
+            if isinstance(entry, Entry):
+                self.entries.append(entry)
+            else:
+                self.broken.append(entry)
         return self.entries[before:]
+
+    def _read(self, number: int) -> Entry | str:
+        """An entry, or what is the matter with it."""
+        name = f"{FOLDER}/{number:08d}.json"
+        try:
+            return _decode(self._storage.read(name), number)
+        except (Damaged, FileNotFoundError, IsADirectoryError) as error:
+            return f"{name}: {error}"
 
     @property
     def epoch(self) -> int:

@@ -30,6 +30,7 @@ from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.writer import shard_name
 from dtrain.errors import Damaged, DtrainError, Fenced, SaveError
 from dtrain.observe.events import Events
+from dtrain.storage.base import Storage
 from dtrain.storage.local import LocalStorage
 
 T = TypeVar("T")
@@ -53,9 +54,7 @@ class Manager:
     :ivar stall_s: how long the last snapshot held up the training, in seconds.
     """
 
-    def __init__(
-        self, storage: LocalStorage, client: Client, slots: Slots, snapshots: Snapshots, events: Events
-    ) -> None:
+    def __init__(self, storage: Storage, client: Client, slots: Slots, snapshots: Snapshots, events: Events) -> None:
         self._storage = storage
         self._client = client
         self._slots = slots

@@ -38,7 +38,7 @@ from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.tree import dtype_name, dtype_named, leaves_of
 from dtrain.errors import Damaged, StateError
-from dtrain.storage.base import Readable, Storage
+from dtrain.storage.base import Readable, Storage, inside
 
 
 @no_collection()
@@ -176,9 +176,13 @@ def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tu
         if digest(data) != expected:
             raise Damaged(f"{folder}/{name} is not the one that was committed")
         manifest = Manifest.from_json(data)
+        found = storage.files(folder)
         for file, size in manifest.files.items():
-            if (found := storage.size(f"{folder}/{file}")) != size:
-                raise Damaged(f"{folder}/{file} has {found} bytes, not {size}")
+            inside(f"{folder}/{file}", storage.root)
+            if file not in found:
+                raise Damaged(f"{folder}/{file} is missing")
+            if found[file].bytes != size:
+                raise Damaged(f"{folder}/{file} has {found[file].bytes} bytes, not {size}")
     return data, manifest
 
 

@@ -29,8 +29,7 @@ from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.config import Config, Interval
 from dtrain.errors import DtrainError, SaveError
 from dtrain.observe.events import Events
-from dtrain.storage.base import Sink
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.base import Sink, Storage
 
 _PIECE_BYTES = 32 << 20
 _LAST = 1 << 40
@@ -44,9 +43,7 @@ class Saver:
     :param slots: shared with the trainer.
     """
 
-    def __init__(
-        self, storage: LocalStorage, catalog: Catalog, agreement: Agreement, slots: Slots, events: Events
-    ) -> None:
+    def __init__(self, storage: Storage, catalog: Catalog, agreement: Agreement, slots: Slots, events: Events) -> None:
         self._storage = storage
         self._catalog = catalog
         self._agreement = agreement
@@ -61,7 +58,7 @@ class Saver:
     @classmethod
     def of(cls, config: Config, connect: Callable[[], dist.Store], rank: int, world_size: int, slots: Slots) -> Saver:
         """The saver of a run's rank. :param connect: see `Agreement`."""
-        storage, events = LocalStorage(config.dir), Events(config.dir)
+        storage, events = config.storage(), Events(config.local_dir)
         younger_s = Interval.parse(config.keep_for).amount if config.keep_for else None
         keep = Keep(last=config.keep_last, every=config.keep_every, younger_s=younger_s, best=config.keep_best)
         agreement = Agreement(connect, rank, world_size, config.timeout_s)
@@ -226,7 +223,7 @@ class Saver:
         if snapshot.size or copies:
             memory = self._memory_of(snapshot)
             with (
-                self._storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}") as sink,
+                self._storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}", snapshot.size) as sink,
                 ThreadPoolExecutor(1) as hashing,
             ):
                 digests = hashing.submit(_hash_items, memory, meta["items"])

@@ -1,6 +1,6 @@
 """`open_source`: whatever holds weights, described as a checkpoint.
 
-    a run folder                    its newest checkpoint that is good, or that of a step
+    a run folder, or its URL        its newest checkpoint that is good, or that of a step
     a checkpoint's folder           with the digest that its run's log has of it, where it lies in a run
     a folder of stock DCP           see `foreign`
     model.safetensors, its folder, or model.safetensors.index.json
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from dtrain.checkpoint.tree import Tree, dtype_name, dtype_named, encode, flatte
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
 from dtrain.storage.base import Storage
 from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import is_remote, storage_at
 
 SAFETENSORS_TYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -153,7 +155,7 @@ class Source:
         return items, renamed(tree, before, "")
 
 
-def open_source(path: Path, *, step: int | None = None, name: str = "model") -> Source:
+def open_source(path: str | os.PathLike[str], *, step: int | None = None, name: str = "model") -> Source:
     """Open what may hold weights, by looking at it.
 
     :param step: which checkpoint of a run folder; without it the newest one.
@@ -163,10 +165,14 @@ def open_source(path: Path, *, step: int | None = None, name: str = "model") -> 
     :raises Damaged: it isn't what was saved.
     :raises StateError: it holds what can't be read without running code.
     """
+    if is_remote(path):
+        run, _, attempt = os.fspath(path).rstrip("/").rpartition(f"/{CHECKPOINTS}/")
+        return _of_attempt(run, attempt) if run and step is None else _of_run(os.fspath(path), step)
+    path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} doesn't exist")
     if path.is_dir() and (path / FOLDER).is_dir():
-        return _of_run(path, step)
+        return _of_run(str(path), step)
     if step is not None:
         raise ConfigError(f"step={step} can be asked of a run folder only, and {path} is none")
     if path.name == METADATA or path.name == MANIFEST:
@@ -191,8 +197,8 @@ def open_source(path: Path, *, step: int | None = None, name: str = "model") -> 
     return _of_torch_save(path, name)
 
 
-def _of_run(path: Path, step: int | None) -> Source:
-    storage = LocalStorage(str(path))
+def _of_run(path: str, step: int | None) -> Source:
+    storage = storage_at(path)
     log = Log(storage)
     log.refresh()
     commits = log.commits()
@@ -206,7 +212,7 @@ def _of_run(path: Path, step: int | None) -> Source:
     return of_commit(storage, commits[-1])
 
 
-def of_commit(storage: LocalStorage, commit: Entry) -> Source:
+def of_commit(storage: Storage, commit: Entry) -> Source:
     """:raises Damaged: the manifest isn't the one that was committed, or a file is missing or has another size."""
     folder = f"{CHECKPOINTS}/{commit.attempt}"
     _, manifest = read_manifest(storage, folder, MANIFEST, commit.manifest)
@@ -217,18 +223,24 @@ def of_commit(storage: LocalStorage, commit: Entry) -> Source:
 def _of_checkpoint(path: Path) -> Source:
     run = path.resolve().parent.parent
     if path.resolve().parent.name == CHECKPOINTS and (run / FOLDER).is_dir():
-        log = Log(LocalStorage(str(run)))
-        log.refresh()
-        for entry in log.entries:
-            if entry.kind == "bad" and entry.attempt == path.resolve().name:
-                raise NoGoodCheckpoint(f"{path} failed its check: {entry.reason}")
-        for entry in log.commits():
-            if entry.attempt == path.resolve().name:
-                return of_commit(LocalStorage(str(run)), entry)
-        raise NoGoodCheckpoint(f"{path} was never committed, or is about to be deleted")
+        return _of_attempt(str(run), path.resolve().name)
     # A copy that somebody has made: there is nobody to ask for the digest of the manifest.
     manifest = Manifest.from_json((path / MANIFEST).read_bytes())
     return Source(place=str(path), kind="checkpoint", storage=LocalStorage(str(path)), folder=".", manifest=manifest)
+
+
+def _of_attempt(run: str, attempt: str) -> Source:
+    """:raises NoGoodCheckpoint: the run's log doesn't know it as a good one."""
+    storage = storage_at(run)
+    log = Log(storage)
+    log.refresh()
+    for entry in log.entries:
+        if entry.kind == "bad" and entry.attempt == attempt:
+            raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} failed its check: {entry.reason}")
+    for entry in log.commits():
+        if entry.attempt == attempt:
+            return of_commit(storage, entry)
+    raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} was never committed, or is about to be deleted")
 
 
 def _of_safetensors(path: Path, name: str) -> Manifest:

@@ -21,7 +21,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import DIGEST_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, digest
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.errors import Damaged
-from dtrain.storage.base import Storage
+from dtrain.storage.base import Distant, Storage
 
 _READ_BYTES = 4 << 20
 _MOST_THREADS = 8
@@ -126,15 +126,15 @@ def _faults(
             yield Fault(f"{folder}/{METADATA}", 0, len(data), "", "not what was saved")
     except OSError as error:
         yield Fault(f"{folder}/{METADATA}", 0, 0, "", _reason(error))
+    there = storage.files(folder)
     reads: list[_Read] = []
     for file, size in manifest.files.items():
         if file == METADATA:
             continue
-        try:
-            found = storage.size(f"{folder}/{file}")
-        except OSError as error:
-            yield Fault(f"{folder}/{file}", 0, 0, "", _reason(error))
+        if file not in there:
+            yield Fault(f"{folder}/{file}", 0, 0, "", "missing")
             continue
+        found = there[file].bytes
         if found != size:
             yield Fault(f"{folder}/{file}", min(found, size), max(found, size), "", f"{found} bytes long, not {size}")
         reads += _reads(manifest, file, min(found, size))
@@ -157,7 +157,8 @@ def _faults(
             if not part.is_good(view[part.start - read.ranges[0].start : part.stop - read.ranges[0].start])
         ]
 
-    with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+    most = storage.reads_at_once if isinstance(storage, Distant) else len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(min(_MOST_THREADS, most)) as pool:
         for found_faults in pool.map(check, reads):
             yield from found_faults
 

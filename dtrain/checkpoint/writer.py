@@ -28,7 +28,7 @@ from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.tree import dtype_name, encode, flatten, leaves_of
 from dtrain.storage.base import Sink, Storage
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import storage_at
 
 
 class Writer(StorageWriter):
@@ -41,7 +41,7 @@ class Writer(StorageWriter):
     """
 
     def __init__(self, storage: Storage | str | os.PathLike[str], folder: str, tree: Any, *, step: int) -> None:
-        self._storage = LocalStorage(os.fspath(storage)) if isinstance(storage, str | os.PathLike) else storage
+        self._storage = storage_at(storage) if isinstance(storage, str | os.PathLike) else storage
         self._folder = folder
         self._leaves = flatten(tree)
         self._tree = encode(tree)

@@ -29,7 +29,7 @@ from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
 from dtrain.cli.transfer import Export, Import, RunArg, Verify, commit_at, open_run, still_there
 from dtrain.errors import Damaged
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.base import Storage
 
 _MOST_SHOWN = 40
 """Lines of a list, unless a pattern asks for more."""
@@ -105,7 +105,7 @@ class List:
             print(f"{broken}; what it said is unknown")
         return 0
 
-    def _row(self, storage: LocalStorage, log: Log, entry: Entry) -> dict[str, Any]:
+    def _row(self, storage: Storage, log: Log, entry: Entry) -> dict[str, Any]:
         ranks, size = entry.world_size or None, entry.bytes or None
         state, reason = state_of(log, entry)
         if state != "retired":
@@ -288,7 +288,7 @@ def state_of(log: Log, commit: Entry) -> tuple[str, str]:
     return ("bad", marks["bad"]) if "bad" in marks else ("good", "")
 
 
-def _manifest(storage: LocalStorage, commit: Entry) -> Manifest:
+def _manifest(storage: Storage, commit: Entry) -> Manifest:
     """:raises Damaged: it isn't the one that was committed, or a file is missing or has another size."""
     folder = f"{CHECKPOINTS}/{commit.attempt}"
     with still_there(storage, folder):

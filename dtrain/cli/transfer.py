@@ -21,24 +21,25 @@ from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
 from dtrain.storage.base import Storage
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import storage_at
 
-RunArg = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN", help="The run folder.")]
+RunArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run folder, or its URL.")]
 _GB = 1_000_000_000
 
 
-def open_run(folder: Path) -> tuple[LocalStorage, Log]:
+def open_run(folder: str) -> tuple[Storage, Log]:
     """:raises ConfigError: it is no run folder."""
-    if not (folder / FOLDER).is_dir():
-        what = "doesn't exist" if not folder.exists() else f"is no run folder: it has no {FOLDER}/ in it"
-        raise ConfigError(f"{folder} {what}; give the `dir` of a run")
-    storage = LocalStorage(str(folder))
+    storage = storage_at(folder)
     log = Log(storage)
     log.refresh()
+    if not log.entries and not log.broken and not (Path(folder) / FOLDER).is_dir():
+        there = storage.names(".")
+        what = f"is no run folder: it has no {FOLDER}/ in it" if there or Path(folder).exists() else "doesn't exist"
+        raise ConfigError(f"{folder} {what}; give the `dir` of a run")
     return storage, log
 
 
-def commit_at(folder: Path, log: Log, step: int | None) -> Entry:
+def commit_at(folder: str, log: Log, step: int | None) -> Entry:
     """The newest commit of a step, whether good or bad; without a step, the newest good one.
 
     :raises ConfigError: there is none of this step.
@@ -134,7 +135,7 @@ class Export:
     written appears when it is whole.
     """
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A run folder, or whatever `import` takes."""
 
     destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESTINATION")]
@@ -198,10 +199,10 @@ class Import:
     plain values is refused by name.
     """
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Where the weights are."""
 
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    folder: RunArg
     """The run folder to make."""
 
     object: str = "model"

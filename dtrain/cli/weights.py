@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -14,16 +14,16 @@ from dtrain.checkpoint.log import Log
 from dtrain.checkpoint.reader import load_tensors, read_manifest
 from dtrain.checkpoint.tree import dtype_name, dtype_named
 from dtrain.errors import NoGoodCheckpoint
-from dtrain.storage.local import LocalStorage
+from dtrain.storage.places import storage_at
 
 
-def last_tensors(run: Path) -> tuple[int, dict[str, torch.Tensor]]:
+def last_tensors(run: str | os.PathLike[str]) -> tuple[int, dict[str, torch.Tensor]]:
     """The step of a run's newest commit, and all of its tensors by name, whole, and checked as they are read.
 
     :raises NoGoodCheckpoint: nothing has been committed.
     :raises Damaged: the newest commit isn't what was saved.
     """
-    storage = LocalStorage(str(run))
+    storage = storage_at(run)
     log = Log(storage)
     log.refresh()
     if not log.commits():

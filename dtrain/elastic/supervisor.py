@@ -75,7 +75,7 @@ class Supervisor:
         self._config = config
         self._placement = placement
         self._work = work
-        self._events = Events(config.dir)
+        self._events = Events(config.local_dir)
         self._page = Page.shared()
         self._slots = Slots()
         self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -267,7 +267,7 @@ class Supervisor:
         outcome = group.settle(generation, mine)
         if outcome == mine:
             at = max(page.step, page.restored)
-            if os.path.isdir(self._config.dir):
+            if os.path.isdir(self._config.local_dir):
                 self._events.emit(
                     "failed", generation=generation, rank=mine.rank, cause=mine.cause, step=at, best=mine.best
                 )

@@ -10,20 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dtrain.errors import ConfigError
-from dtrain.storage.base import Buffer, Sink
-
-_ABANDONED_S = 600.0
-"""A half-made file of this age belongs to a process that is gone."""
+from dtrain.storage.base import Buffer, File, HalfMade, Sink, inside
 
 _MOST_BUFFERS = 1024
 """The kernel's limit on the buffers of one `preadv` (IOV_MAX)."""
@@ -44,10 +41,7 @@ class LocalStorage:
         self._open: dict[str, int] = {}
 
     def prepare(self) -> None:
-        """Create the folder and find out now, not at the first save, whether it can be used.
-
-        :raises ConfigError: it can't be written to, or has no hard links.
-        """
+        """See `Storage`. :raises ConfigError: the folder can't be written to, or has no hard links."""
         probe = Path(self.root) / f".probe.{uuid.uuid4().hex}.half"
         try:
             _make_folder(probe.parent)
@@ -88,7 +82,7 @@ class LocalStorage:
         sync_folder(target.parent)
 
     @contextlib.contextmanager
-    def open_new(self, path: str) -> Iterator[Sink]:
+    def open_new(self, path: str, size: int = 0) -> Iterator[Sink]:
         target = self._path(path)
         _make_folder(target.parent)
         with target.open("xb", buffering=0) as file:
@@ -130,12 +124,17 @@ class LocalStorage:
                 self._open[path] = os.open(self._path(path), os.O_RDONLY)
             return self._open[path]
 
-    def size(self, path: str) -> int:
-        return self._path(path).stat().st_size
-
-    def names(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> dict[str, File]:
         try:
-            return sorted(name for name in os.listdir(self._path(folder)) if not name.startswith("."))
+            with os.scandir(self._path(folder)) as entries:
+                found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
+        except FileNotFoundError:
+            return {}
+        return {name: File(stat.st_size, stat.st_mtime) for name, stat in sorted(found.items())}
+
+    def names(self, folder: str, after: str = "") -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._path(folder)) if name > after and not name.startswith("."))
         except FileNotFoundError:
             return []
 
@@ -147,19 +146,15 @@ class LocalStorage:
     def remove(self, folder: str) -> None:
         shutil.rmtree(self._path(folder), ignore_errors=True)
 
-    def sweep(self, folder: str) -> None:
-        """Delete what killed processes left half-made in a folder."""
-        for half in self._path(folder).glob(".*.half"):
-            with contextlib.suppress(OSError):
-                if time.time() - half.stat().st_mtime > _ABANDONED_S:
-                    half.unlink()
+    def half_made(self) -> Iterator[HalfMade]:
+        for half in sorted([*Path(self.root).glob(".*.half"), *Path(self.root).glob("*/.*.half")]):
+            with contextlib.suppress(FileNotFoundError):  # it is whole now
+                stat = half.stat()
+                remove = functools.partial(half.unlink, missing_ok=True)
+                yield HalfMade(str(half.relative_to(self.root)), stat.st_size, stat.st_mtime, remove)
 
     def _path(self, path: str) -> Path:
-        # Names also come from files that somebody else may have written: none may lead out of the run folder.
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"{path!r} leads out of the run folder {self.root}")
-        return Path(self.root) / parts
+        return Path(self.root) / inside(path, self.root)
 
 
 class _Whole:

@@ -27,7 +27,6 @@ from dtrain.elastic.supervisor import Life
 from dtrain.errors import ConfigError, DataError, UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
-from dtrain.storage.local import LocalStorage
 from dtrain.training.data import Data, Dataset
 from dtrain.training.exchange import Exchange
 from dtrain.training.parallel import parallelize, same_buffers
@@ -73,16 +72,16 @@ class Run:
         self._progress: Progress | None = None
         self._metrics: Metrics | None = None
         config.check_world(self.world_size)
-        self._storage = LocalStorage(config.dir)
+        self._storage = config.storage()
         from_rank_0(self._open_folder)
-        self._events = Events(config.dir)
+        self._events = Events(config.local_dir)
         snapshots = Snapshots(
             life.slots,
             rank=self.rank,
             world_size=self.world_size,
             local_world_size=life.group.placement.local_world_size,
             generation=life.generation,
-            spill=config.dir,
+            spill=config.local_dir,
             say=self._events.warn if self.local_rank == 0 else lambda _: None,
         )
         self._manager = Manager(self._storage, life.client, life.slots, snapshots, self._events)
@@ -152,7 +151,7 @@ class Run:
         self._started = True
         self._restore()
         if self.is_first:
-            self._metrics = Metrics(self.config.dir)
+            self._metrics = Metrics(self.config.local_dir)
             self._progress = Progress(self._done, total, self.config.unit)
         scaler = next((value for value in self._state.objects.values() if isinstance(value, GradScaler)), None)
         for number in range(self._done + 1, total + 1):

@@ -1,0 +1,140 @@
+"""`ObjectStorage`: what run folders have in common that lie in a bucket.
+
+There is no `link` there, nor a folder to sync: an object appears as a whole or not at all. To create one exclusively is
+left to the server (on S3: a PUT with `If-None-Match: *`). Its answer may get lost, or a client's own second try may
+find what the first one has made; so after every answer but a plain yes the object is read back. Who finds there what
+it has written has won, whatever was answered.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from dtrain.errors import ConfigError
+from dtrain.storage.base import inside
+
+_TRIES = 6
+_BACK_OFF_S = 0.1
+"""Before the second try; twice as long before each one after it, and anything between nothing and that."""
+
+
+class ObjectStorage(ABC):
+    """See `Storage`, whose other methods are those of a subclass.
+
+    :param root: a URL.
+    :param unsafe_commit: make do without exclusive creation.
+    """
+
+    read_bytes = 16 << 20
+    reads_at_once = 8
+
+    def __init__(self, root: str, *, unsafe_commit: bool = False) -> None:
+        self.root = root.rstrip("/")
+        self._unsafe = unsafe_commit
+
+    def prepare(self) -> None:
+        """See `Storage`.
+
+        :raises ConfigError: it can't be written to, or can't create a file exclusively.
+        """
+        probe = f".probe.{uuid.uuid4().hex}"
+        try:
+            self._create_or_find(probe, b"first")
+            refusal: OSError | None = None
+            try:
+                self._put_new(probe, b"second")
+            except OSError as error:
+                refusal = error
+            kept = self.read(probe) == b"first"
+            self._delete(probe)
+        except OSError as error:
+            raise ConfigError(f"dir={self.root!r} can't be used: {error}") from error
+        if (kept and refusal is not None) or self._unsafe:
+            return
+        raise ConfigError(
+            f"dir={self.root!r}: what is behind it has overwritten a file that was to be created only if it wasn't "
+            "there (If-None-Match). dtrain commits by that: without it, two groups of processes that both take "
+            "themselves for the run could undo each other's checkpoints. Use a server that has it, or, where never "
+            "more than one group can be alive, unsafe_commit=True"
+        )
+
+    def create(self, path: str, data: bytes) -> None:
+        if not self._unsafe:
+            self._create_or_find(path, data)
+            return
+        if self._find(path) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.place(path))
+        self._put(path, data)
+        if self._find(path) != data:
+            raise FileExistsError(errno.EEXIST, "overwritten by another writer", self.place(path))
+
+    def seal(self, folder: str) -> None:
+        """See `Storage`."""
+        del folder  # an object that is there is durable, and so is its name
+
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        views = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        data = self._read_range(path, offset, sum(view.nbytes for view in views))
+        at = 0
+        for view in views:
+            view[:] = data[at : at + view.nbytes]
+            at += view.nbytes
+
+    def place(self, path: str) -> str:
+        """For messages."""
+        return f"{self.root}/{path}"
+
+    @abstractmethod
+    def read(self, path: str) -> bytes:
+        """See `Storage`."""
+
+    @abstractmethod
+    def _put_new(self, path: str, data: bytes) -> None:
+        """:raises FileExistsError: there is such a file, or somebody else makes one at this moment."""
+
+    @abstractmethod
+    def _put(self, path: str, data: bytes) -> None:
+        """Write a file, whatever was there."""
+
+    @abstractmethod
+    def _read_range(self, path: str, offset: int, length: int) -> memoryview:
+        """:raises EOFError: the file ends before."""
+
+    @abstractmethod
+    def _delete(self, path: str) -> None:
+        """Delete a file."""
+
+    def _create_or_find(self, path: str, data: bytes) -> None:
+        """:raises FileExistsError: somebody else's is there."""
+        inside(path, self.root)
+        for tried in range(_TRIES):
+            try:
+                self._put_new(path, data)
+                return
+            except OSError as error:
+                failure = error
+            try:
+                found = self._find(path)
+            except OSError:
+                raise failure from None
+            if found == data:
+                return
+            if found is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.place(path))
+            if not isinstance(failure, FileExistsError):
+                break
+            # Somebody else was at it at the same moment (409), and may have failed.
+            time.sleep(random.uniform(0, _BACK_OFF_S * 2**tried))
+        raise OSError(f"{self.place(path)} could not be created: {failure}")
+
+    def _find(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,43 @@
+"""`storage_at`: from the place of a run folder, as people write it, to the storage that stands for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from dtrain.errors import ConfigError
+from dtrain.storage.base import Storage
+from dtrain.storage.filesystem import FilesystemStorage, for_s3fs
+from dtrain.storage.local import LocalStorage
+from dtrain.storage.s3 import S3Storage
+
+S3_CLIENTS = ("obstore", "s3fs")
+
+
+def is_remote(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is an URL."""
+    return "://" in os.fspath(place)
+
+
+def storage_at(
+    place: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, unsafe_commit: bool = False
+) -> Storage:
+    """Nothing is opened yet.
+
+    :param place: a folder, `s3://bucket/prefix`, or an URL of another file system that fsspec knows.
+    :param options: see `Config.storage_options`.
+    :param unsafe_commit: see `Config.unsafe_commit`.
+    :raises ConfigError: the place or an option can't be right.
+    """
+    place, options = os.fspath(place), dict(options or {})
+    if not is_remote(place):
+        return LocalStorage(place)
+    if not place.startswith("s3://"):
+        return FilesystemStorage(place, options, unsafe_commit=unsafe_commit)
+    client = options.get("client", S3_CLIENTS[0])
+    if client not in S3_CLIENTS:
+        raise ConfigError(f"storage_options['client']={client!r} must be one of {', '.join(S3_CLIENTS)}")
+    if client == "s3fs":
+        return FilesystemStorage(place, for_s3fs(options), unsafe_commit=unsafe_commit)
+    return S3Storage(place, options, unsafe_commit=unsafe_commit)

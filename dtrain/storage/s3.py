@@ -1,0 +1,373 @@
+"""A run folder in an S3 bucket, through obstore (the Rust crate `object_store`).
+
+That client beside s3fs, and why it is the default: see docs/s3.md. It does not touch Python while it waits or sends, so
+the saver's threads hash meanwhile; it sends every part of an upload with its SHA-256, tries again by itself what is
+worth it, with longer and longer pauses of random length, and gives an upload up that has failed.
+
+Nothing is opened or imported before it is used: the supervisor forks, and the client has threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dtrain.errors import ConfigError, UsageError
+from dtrain.storage.base import Buffer, File, HalfMade, Sink, inside
+from dtrain.storage.objects import ObjectStorage
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+OPTIONS = ("client", "endpoint_url", "region", "profile", "path_style", "timeout_s")
+"""What `storage_options` may hold."""
+
+_PART_BYTES = 16 << 20
+_MOST_PARTS = 9_000
+"""S3 takes 10,000 of one object."""
+_PARTS_AT_ONCE = 8
+_TIMEOUT_S = 60.0
+_REQUEST_S = 30.0
+"""For one part, or one answer: on the slowest line that makes sense."""
+_CONNECT_S = 5.0
+_MOST_TRIES = 12
+_MOST_PAUSE_S = 5.0
+
+_started_in = 0
+"""The process that has used the client: its children can't."""
+
+
+class S3Storage(ObjectStorage):
+    """See `Storage`.
+
+    :param root: `s3://bucket/prefix`.
+    :param options: see `OPTIONS`; what is left out is taken from the environment and the profile, as usual with AWS.
+    """
+
+    def __init__(self, root: str, options: Mapping[str, Any], *, unsafe_commit: bool = False) -> None:
+        super().__init__(root, unsafe_commit=unsafe_commit)
+        self._options = checked(options)
+        self._bucket, self._prefix = split(self.root)
+        self._opened: S3Store | None = None
+
+    def read(self, path: str) -> bytes:
+        import obstore
+
+        with self._errors(path):
+            return bytes(obstore.get(self._store(), self._name(path)).bytes())
+
+    def files(self, folder: str) -> dict[str, File]:
+        return {
+            name: File(found["size"], found["last_modified"].timestamp())
+            for found in self._list(folder)["objects"]
+            if (name := found["path"].rpartition("/")[2])
+        }
+
+    def names(self, folder: str, after: str = "") -> list[str]:
+        import obstore
+
+        if after:  # of a folder without folders in it: the server begins at the right place
+            found = []
+            with self._errors(folder):
+                stream = obstore.list(self._store(), self._name(folder), offset=f"{self._name(folder)}/{after}")
+                for chunk in stream:
+                    found += [item["path"].rpartition("/")[2] for item in chunk]
+        else:
+            listed = self._list(folder)
+            paths = [*listed["common_prefixes"], *(item["path"] for item in listed["objects"])]
+            found = [path.rpartition("/")[2] for path in paths]
+        return sorted(name for name in found if name and not name.startswith("."))
+
+    @contextlib.contextmanager
+    def open_new(self, path: str, size: int = 0) -> Iterator[Sink]:
+        import obstore
+
+        store, name = self._store(), self._name(path)
+        part = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        parts = _Parts()
+        with ThreadPoolExecutor(1) as pool:
+            parts.upload = pool.submit(
+                obstore.put, store, name, parts, use_multipart=True, chunk_size=part, max_concurrency=_PARTS_AT_ONCE
+            )
+            with self._errors(path):
+                try:
+                    yield parts
+                    parts.end()
+                except BaseException as error:
+                    parts.end(error)
+                    raise
+        with self._errors(path):
+            found = obstore.head(store, name)["size"]
+        if found != parts.written:
+            raise OSError(f"{self.place(path)} has {found} bytes after an upload of {parts.written}")
+
+    def remove(self, folder: str) -> None:
+        import obstore
+
+        with contextlib.suppress(OSError), self._errors(folder):
+            for chunk in obstore.list(self._store(), self._name(folder)):
+                obstore.delete(self._store(), [item["path"] for item in chunk])
+
+    def half_made(self) -> Iterator[HalfMade]:
+        """Uploads that were never finished."""
+        client, prefix = self._boto(), f"{self._prefix}/" if self._prefix else ""
+        with boto_errors(self.root):
+            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix):
+                for upload in page.get("Uploads", ()):
+                    place = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    pages = client.get_paginator("list_parts").paginate(**place)
+                    size = sum(part["Size"] for parts in pages for part in parts.get("Parts", ()))
+
+                    def remove(place: dict[str, str] = place) -> None:
+                        with boto_errors(self.root):
+                            client.abort_multipart_upload(**place)
+
+                    name = upload["Key"].removeprefix(prefix)
+                    yield HalfMade(name, size, upload["Initiated"].timestamp(), remove)
+
+    def _put_new(self, path: str, data: bytes) -> None:
+        import obstore
+
+        with self._errors(path):
+            obstore.put(self._store(), self._name(path), data, mode="create", use_multipart=False)
+
+    def _put(self, path: str, data: bytes) -> None:
+        import obstore
+
+        with self._errors(path):
+            obstore.put(self._store(), self._name(path), data, use_multipart=False)
+
+    def _delete(self, path: str) -> None:
+        import obstore
+
+        with self._errors(path):
+            obstore.delete(self._store(), self._name(path))
+
+    def _read_range(self, path: str, offset: int, length: int) -> memoryview:
+        import obstore
+
+        store, name = self._store(), self._name(path)
+        try:
+            with self._errors(path):
+                data = memoryview(obstore.get_range(store, name, start=offset, length=length))
+        except FileNotFoundError:
+            raise
+        except OSError:
+            with self._errors(path):
+                end = obstore.head(store, name)["size"]
+            if offset + length <= end:
+                raise
+            raise EOFError(f"{path} ends at byte {end}") from None
+        if data.nbytes != length:
+            raise EOFError(f"{path} ends at byte {offset + data.nbytes}")
+        return data
+
+    def _list(self, folder: str) -> Any:
+        import obstore
+
+        with self._errors(folder):
+            return obstore.list_with_delimiter(self._store(), self._name(folder) or None)
+
+    def _name(self, path: str) -> str:
+        name = str(inside(path, self.root))
+        return "" if name == "." else name
+
+    def _store(self) -> S3Store:
+        """The client, opened in this process."""
+        global _started_in
+        if _started_in not in (0, os.getpid()):
+            raise UsageError(
+                f"{self.root}: this process was forked from one that has used S3, and its client doesn't survive that; "
+                "use it only after the fork"
+            )
+        if self._opened is None:
+            from obstore.store import S3Store
+
+            _started_in = os.getpid()
+            where = addressed(self._options)
+            patience = timedelta(seconds=float(self._options.get("timeout_s", _TIMEOUT_S)))
+            self._opened = S3Store(
+                self._bucket,
+                prefix=self._prefix or None,
+                **credentials(self._options),
+                **({"endpoint": where["endpoint_url"]} if where["endpoint_url"] else {}),
+                region=where["region"],
+                virtual_hosted_style_request=not where["path_style"],
+                client_options={
+                    "allow_http": str(where["endpoint_url"]).startswith("http://"),
+                    "timeout": min(patience, timedelta(seconds=_REQUEST_S)),
+                    "connect_timeout": min(patience, timedelta(seconds=_CONNECT_S)),
+                },
+                retry_config={
+                    "max_retries": _MOST_TRIES,
+                    "retry_timeout": patience,
+                    "backoff": {"max_backoff": timedelta(seconds=_MOST_PAUSE_S)},
+                },
+            )
+        return self._opened
+
+    def _boto(self) -> Any:
+        """The client for the one thing that obstore can't do: to find uploads that were never finished."""
+        import boto3
+        from botocore.config import Config
+
+        where = addressed(self._options)
+        style = Config(s3={"addressing_style": "path" if where["path_style"] else "auto"})
+        session = boto3.Session(profile_name=self._options.get("profile"))
+        return session.client("s3", endpoint_url=where["endpoint_url"], region_name=where["region"], config=style)
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """The client's errors, as Python's own, without what is of use only to the client's makers."""
+        from obstore import exceptions
+
+        place = self.place(path)
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, _reason(error), place) from None
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), place) from None
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise PermissionError(errno.EACCES, _reason(error), place) from None
+        except exceptions.BaseError as error:
+            raise OSError(f"{place}: {_reason(error)}") from None
+
+
+class _Parts:
+    """The parts of an upload on their way from who writes them to the client, which asks for one after the other."""
+
+    def __init__(self) -> None:
+        self.written = 0
+        self.upload: Future[Any]
+        self._queue: queue.Queue[Buffer | BaseException | None] = queue.Queue(1)
+
+    def write(self, data: Buffer) -> None:
+        self.written += memoryview(data).nbytes
+        self._hand_over(data)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more parts: finish the upload, or give it up. :raises: what it has failed by."""
+        if error is None:
+            self._hand_over(None)
+            self.upload.result()
+        elif not self.upload.done():
+            with contextlib.suppress(Exception):
+                self._hand_over(error)
+                self.upload.result()
+
+    def _hand_over(self, part: Buffer | BaseException | None) -> None:
+        while True:
+            if self.upload.done():
+                self.upload.result()
+                raise OSError("the upload has ended early")
+            with contextlib.suppress(queue.Full):
+                self._queue.put(part, timeout=0.1)
+                return
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return self
+
+    def __next__(self) -> Buffer:
+        part = self._queue.get()
+        if part is None:
+            raise StopIteration
+        if isinstance(part, BaseException):
+            raise InterruptedError("given up") from part
+        return part
+
+
+def split(root: str) -> tuple[str, str]:
+    """Bucket and prefix of an URL. :raises ConfigError: there is no bucket in it."""
+    parts = urlsplit(root)
+    if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ConfigError(f"dir={root!r} must be like s3://bucket/prefix")
+    return parts.netloc, parts.path.strip("/")
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """:raises ConfigError: an option isn't known, or holds a secret."""
+    for name, value in options.items():
+        if re.search("key|secret|token|password", name):
+            raise ConfigError(
+                f"storage_options[{name!r}]: credentials don't belong into a config, which people print and keep; give "
+                "them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role"
+            )
+        if name not in OPTIONS:
+            raise ConfigError(f"storage_options[{name!r}] is unknown; there are: {', '.join(OPTIONS)}")
+        if name == "endpoint_url" and "@" in urlsplit(str(value)).netloc:
+            raise ConfigError("storage_options['endpoint_url'] must not hold a user's name or password")
+    return dict(options)
+
+
+def addressed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the server is and how it is spoken to: {endpoint_url, region, path_style}."""
+    environment = os.environ.get
+    endpoint = (
+        options.get("endpoint_url") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL") or None
+    )
+    region = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
+    if not region and (options.get("profile") or environment("AWS_PROFILE")):
+        import boto3
+
+        region = boto3.Session(profile_name=options.get("profile")).region_name
+    # Servers other than AWS's seldom have a name for each bucket.
+    path_style = options.get("path_style", endpoint is not None)
+    return {"endpoint_url": endpoint, "region": region or "us-east-1", "path_style": path_style}
+
+
+def credentials(options: Mapping[str, Any]) -> dict[str, Any]:
+    """From the environment; else by the rest of AWS's chain: profile, web identity, the machine's role.
+
+    :raises ConfigError: there are none.
+    """
+    environment = os.environ.get
+    if not options.get("profile") and environment("AWS_ACCESS_KEY_ID") and environment("AWS_SECRET_ACCESS_KEY"):
+        names = {
+            "access_key_id": "AWS_ACCESS_KEY_ID",
+            "secret_access_key": "AWS_SECRET_ACCESS_KEY",
+            "session_token": "AWS_SESSION_TOKEN",
+        }
+        return {name: value for name, variable in names.items() if (value := environment(variable))}
+    import boto3
+    from botocore.exceptions import BotoCoreError
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        session = boto3.Session(profile_name=options.get("profile"))
+        found = session.get_credentials()
+    except BotoCoreError as error:
+        raise ConfigError(f"no AWS credentials: {error}") from error
+    if found is None:
+        raise ConfigError(
+            "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a profile "
+            "(storage_options={'profile': ...} or AWS_PROFILE), or give the machine a role"
+        )
+    return {"credential_provider": Boto3CredentialProvider(session)}
+
+
+@contextlib.contextmanager
+def boto_errors(place: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(f"{place}: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a message, and the server's own words if it gave any."""
+    text = str(error)
+    said = re.search(r"<Code>(.*?)</Code>(?:.*?<Message>(.*?)</Message>)?", text, re.DOTALL)
+    if said:
+        return f"{said[1]}: {said[2]}" if said[2] else said[1]
+    return text.split("\n")[0]
