@@ -10,11 +10,14 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.jobs import read_lines
+from tests.places import Place
 from tests.train_job import GLOBAL_BATCH, SAMPLES, Options
 
-_FOLDER = {"config.json", "events.jsonl", "metrics.jsonl", "log", "checkpoints"}
+_SHARED = {"config.json", "log", "checkpoints"}
+_LOCAL = {"events.jsonl", "metrics.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ def of_run(options: Options) -> Evidence:
     """The evidence of a run that has come to its end."""
     folder = Path(options.evidence)
     digests = {int(path.stem[7:]): json.loads(path.read_text()) for path in folder.glob("result-*.json")}
-    losses = {line["step"]: float(line["loss"]) for line in read_lines(Path(options.run) / "metrics.jsonl")}
+    losses = {
+        line["step"]: float(line["loss"]) for line in read_lines(Path(options.local or options.run) / "metrics.jsonl")
+    }
     return Evidence(digests, counted_ids(folder, options.steps), [losses[n] for n in range(1, options.steps + 1)])
 
 
@@ -70,19 +75,22 @@ def assert_each_once_an_epoch(found: Evidence) -> None:
 
 def assert_nothing_left(options: Options) -> None:
     """The run folder holds the checkpoints that are committed and kept, and nothing half-made."""
-    run = Path(options.run)
+    run = Place(options.run)
     # What a kill has left half-made stays for ten minutes, in case its writer is alive somewhere else.
-    assert {path.name for path in run.iterdir() if path.suffix != ".half"} == _FOLDER
-    log = sorted(path.name for path in (run / "log").iterdir() if path.suffix != ".half")
+    assert {name for name in run.names() if not name.endswith(".half")} == _SHARED | (
+        set() if options.local else _LOCAL
+    )
+    if options.local:
+        assert {path.name for path in Path(options.local).iterdir()} == _LOCAL
+    log = [name for name in run.names("log") if not name.endswith(".half")]
     assert log == [f"{number:08d}.json" for number in range(len(log))]
-    assert {path.name for path in (run / "checkpoints").iterdir()} == committed(run)
+    assert set(run.names("checkpoints")) == committed(run)
 
 
-def committed(run: Path) -> set[str]:
+def committed(run: Place) -> set[str]:
     """The folders of the commits that weren't retired, read from the log's files themselves."""
     found: set[str] = set()
-    for path in sorted((run / "log").glob("[0-9]*.json")):
-        entry = json.loads(path.read_bytes())["entry"]
+    for entry in _log(run):
         if entry["kind"] == "commit":
             found.add(entry["attempt"])
         elif entry["kind"] == "retire":
@@ -90,12 +98,13 @@ def committed(run: Path) -> set[str]:
     return found
 
 
-def attempt_under_way(run: Path) -> str:
+def attempt_under_way(run: Place) -> str:
     """An attempt at a checkpoint that isn't committed yet; "" if there is none."""
-    try:
-        written = {path.name for path in (run / "checkpoints").iterdir()}
-    except FileNotFoundError:
-        return ""
+    written = set(run.names("checkpoints"))
     # Retired ones are in the log as well, but lie there no longer than it takes to delete them.
-    known = {json.loads(path.read_bytes())["entry"]["attempt"] for path in (run / "log").glob("[0-9]*.json")}
-    return max(written - known, default="")
+    return max(written - {entry["attempt"] for entry in _log(run)}, default="")
+
+
+def _log(run: Place) -> list[dict[str, Any]]:
+    names = [name for name in run.names("log") if name[0].isdigit()]
+    return [json.loads(run.read(f"log/{name}"))["entry"] for name in names]

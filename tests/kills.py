@@ -12,10 +12,10 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 from tests.evidence import attempt_under_way
 from tests.jobs import Job, children
+from tests.places import Place
 
 
 def trainers(job: Job, dice: random.Random, count: int = 1, *, rank: int | None = None) -> str:
@@ -29,7 +29,7 @@ def trainers(job: Job, dice: random.Random, count: int = 1, *, rank: int | None 
 def in_a_save(job: Job, dice: random.Random, *ranks: int, savers: bool = False) -> str:
     """Trainers, or savers, while a checkpoint is being written; before its commit, which rank 0's saver makes."""
     _at_any_moment(job, dice)
-    run = Path(job.options.run)
+    run = Place(job.options.run)
     while True:
         attempt = job.until("save", functools.partial(attempt_under_way, run))
         time.sleep(dice.uniform(0, 0.02))
@@ -37,7 +37,7 @@ def in_a_save(job: Job, dice: random.Random, *ranks: int, savers: bool = False) 
         os.kill(found[0], signal.SIGSTOP)
         caught = attempt_under_way(run) == attempt
         if caught:
-            files = len(list((run / "checkpoints" / attempt).iterdir()))
+            files = len(run.names(f"checkpoints/{attempt}"))
             victims = found if savers else job.trainers()
             job.kill(*(victims[rank] for rank in ranks if rank in victims))
         if not (savers and 0 in ranks and caught):

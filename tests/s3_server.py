@@ -82,7 +82,7 @@ class Server:
         client = self.client()
         while True:
             try:
-                with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
                     client.create_bucket(Bucket=BUCKET)
                 name = f"ready-{uuid.uuid4().hex}"
                 client.put_object(Bucket=BUCKET, Key=name, Body=b"ready")

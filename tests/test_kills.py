@@ -15,6 +15,7 @@ import pytest
 from tests import evidence, kills
 from tests.conftest import STEPS, Undisturbed
 from tests.jobs import Job, read_lines, start
+from tests.places import Place
 from tests.train_job import Options
 
 
@@ -123,7 +124,7 @@ def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
     options: Options, undisturbed: Undisturbed
 ) -> None:
     dice = random.Random(13)
-    run = Path(options.run)
+    run = Place(options.run)
     with start(options, 3) as job:
         job.until("commit", lambda: evidence.committed(run))
         kills.everything_in_a_save(job, dice)

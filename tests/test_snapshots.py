@@ -14,6 +14,7 @@ from torch import nn
 from dtrain.checkpoint import copying, plan, snapshot
 from dtrain.checkpoint.snapshot import Slots
 from tests.evidence import committed
+from tests.places import Place
 from tests.saving import Background, Kept, Saver, bits, commits, warnings
 from tests.scripts import run
 from tests.world import alone, in_world
@@ -185,7 +186,7 @@ def test_a_run_that_fails_for_good_leaves_its_newest_snapshot_as_a_checkpoint(tm
     found = run(tmp_path, "--fail-at", 4, "--save-every", 1000, "--snapshot-every", 1)
     assert found.code == 1
     assert commits(tmp_path) == [3]
-    assert len(committed(tmp_path)) == 1
+    assert len(committed(Place(str(tmp_path)))) == 1
 
 
 def test_the_plan_is_made_once_while_the_structure_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_a_server_that_overwrites_what_was_to_be_created_is_refused(
         unsafe.create("log/0", b"second")
 
 
-class Careless(MemoryFileSystem):
+class Careless(MemoryFileSystem):  # type: ignore[misc]
     """As file systems are that know nothing of `mode`."""
 
     protocol = "careless"

@@ -37,7 +37,7 @@ class Options:
     """What a test can choose."""
 
     run: str
-    """The run folder."""
+    """The run folder, or its URL."""
     evidence: str
     """The folder for what the job writes about itself."""
     steps: int
@@ -47,6 +47,8 @@ class Options:
     raise_at: int = 0
     """The step in which one rank raises an error, the first time that it gets there; 0 for never."""
     raise_rank: int = 0
+    local: str = ""
+    """What can't be on a bucket."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -148,6 +150,7 @@ def main() -> None:
             seed=7,
             save_every=options.save_every,
             timeout_s=60,
+            local_dir=options.local,
         ),
     )
 

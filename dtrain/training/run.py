@@ -74,6 +74,13 @@ class Run:
         config.check_world(self.world_size)
         self._storage = config.storage()
         from_rank_0(self._open_folder)
+        try:
+            os.makedirs(config.local_dir, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"local_dir={config.local_dir!r} can't be made ({error.strerror}), which is for events and metrics; "
+                "choose another folder"
+            ) from error
         self._events = Events(config.local_dir)
         snapshots = Snapshots(
             life.slots,

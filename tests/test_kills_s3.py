@@ -1,0 +1,91 @@
+"""The same kills with the run in a bucket of a real S3 server, which is killed as well.
+
+What the tests of `test_kills` show of a disk: see there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests import evidence, kills
+from tests.conftest import STEPS, Undisturbed
+from tests.jobs import Job, start
+from tests.places import Place
+from tests.s3_server import BUCKET, Server
+from tests.train_job import Options
+
+
+@pytest.fixture
+def options(tmp_path: Path, s3: Server) -> Options:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}/run"
+    return Options(run=url, local=str(tmp_path / "local"), evidence=str(tmp_path / "evidence"), steps=STEPS)
+
+
+def assert_ended_as(job: Job, undisturbed: Undisturbed, ranks: int) -> None:
+    """Wait for the end of a job; nothing may tell it from the undisturbed one."""
+    assert job.wait() == 0, job.tail()
+    evidence.assert_same(evidence.of_run(job.options), undisturbed(ranks))
+    evidence.assert_nothing_left(job.options)
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 21), (3, 22)])
+def test_killed_ranks_change_no_bit(options: Options, undisturbed: Undisturbed, ranks: int, seed: int) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        kills.trainers(job, dice)
+        kills.in_a_save(job, dice, 0)
+        kills.trainers(job, dice, ranks)
+        kills.in_a_save(job, dice, ranks - 1)
+        kills.after_the_fork(job, dice, 0)
+        kills.before_its_first_step(job, dice, 1)
+        assert_ended_as(job, undisturbed, ranks)
+
+
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 23), (3, 24)])
+def test_killed_savers_change_no_bit(options: Options, undisturbed: Undisturbed, ranks: int, seed: int) -> None:
+    dice = random.Random(seed)
+    with start(options, ranks) as job:
+        kills.a_saver(job, dice, ranks - 1)
+        kills.in_a_save(job, dice, 0, savers=True)
+        kills.in_a_save(job, dice, ranks - 1, savers=True)
+        assert_ended_as(job, undisturbed, ranks)
+
+
+def test_a_killed_watcher_and_a_killed_supervisor_change_no_bit(options: Options, undisturbed: Undisturbed) -> None:
+    dice = random.Random(25)
+    with start(options, 3, restarts=2) as job:
+        kills.a_watcher(job, dice, 1)
+        kills.a_supervisor(job, dice, 2)
+        assert_ended_as(job, undisturbed, 3)
+
+
+def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
+    options: Options, undisturbed: Undisturbed
+) -> None:
+    dice = random.Random(26)
+    with start(options, 3) as job:
+        job.until("commit", lambda: evidence.committed(Place(options.run)))
+        kills.everything_in_a_save(job, dice)
+    with start(options, 3) as job:
+        kills.the_agent(job, dice)
+    with start(options, 3) as job:
+        assert_ended_as(job, undisturbed, 3)
+
+
+def test_a_server_that_is_killed_in_the_middle_of_saves_costs_no_bit(
+    options: Options, undisturbed: Undisturbed, s3: Server
+) -> None:
+    """It is away for longer than a request is tried again, at times."""
+    dice = random.Random(27)
+    with start(options, 2) as job:
+        for away_s in (0.2, 1.0, 3.0):
+            job.until_new_steps(dice.randint(2, 5))
+            s3.kill()
+            time.sleep(away_s)
+            s3.start()
+        assert_ended_as(job, undisturbed, 2)
