@@ -12,6 +12,7 @@ from tests.evidence import Evidence
 from tests.jobs import start
 from tests.s3_server import Server, seaweed
 from tests.train_job import Options
+from tests.world import alone
 
 STEPS = 60
 
@@ -41,6 +42,16 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real S3 server, one for all tests."""
     with seaweed(tmp_path_factory.mktemp("s3-")) as server:
         yield server
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked so in a process of its own: a client with threads would be no good for later forks."""
+    if pyfuncitem.get_closest_marker("own_process") is None:
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    alone(lambda: pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}), timeout_s=120)
+    return True
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from dtrain.cli.table import print_json, print_table, size_text
 from dtrain.cli.transfer import RunArg, open_run
 from dtrain.config import Interval
 from dtrain.errors import ConfigError
-from dtrain.storage.base import Storage
+from dtrain.storage.base import Distant, Storage
 
 
 class _Leftover(NamedTuple):
@@ -95,6 +95,8 @@ def _leftovers(storage: Storage, log: Log) -> Iterator[_Leftover]:
             continue
         path = f"{CHECKPOINTS}/{name}"
         files = storage.files(path).values()
+        if not files and isinstance(storage, Distant):
+            continue  # some servers list a folder that is empty now
         yield _Leftover(
             path,
             sum(file.bytes for file in files),

@@ -121,15 +121,16 @@ class FilesystemStorage(ObjectStorage):
 
     def _fs(self) -> Any:
         """The file system, opened in this process; most have threads, which don't survive a fork."""
-        if self._opened is None:
-            import fsspec
+        with self._opening:
+            if self._opened is None:
+                import fsspec
 
-            options = {"skip_instance_cache": True, "use_listings_cache": False} | self._options
-            try:
-                self._opened = fsspec.filesystem(self.root.partition("://")[0], **options)
-            except (ImportError, ValueError) as error:
-                raise ConfigError(f"dir={self.root!r}: {error}") from error
-        return self._opened
+                options = {"skip_instance_cache": True, "use_listings_cache": False} | self._options
+                try:
+                    self._opened = fsspec.filesystem(self.root.partition("://")[0], **options)
+                except (ImportError, ValueError) as error:
+                    raise ConfigError(f"dir={self.root!r}: {error}") from error
+            return self._opened
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -37,6 +38,7 @@ class ObjectStorage(ABC):
     def __init__(self, root: str, *, unsafe_commit: bool = False) -> None:
         self.root = root.rstrip("/")
         self._unsafe = unsafe_commit
+        self._opening = threading.Lock()
 
     def prepare(self) -> None:
         """See `Storage`.

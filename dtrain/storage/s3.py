@@ -14,7 +14,7 @@ import errno
 import os
 import queue
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,8 @@ class S3Storage(ObjectStorage):
         return {
             name: File(found["size"], found["last_modified"].timestamp())
             for found in self._list(folder)["objects"]
-            if (name := found["path"].rpartition("/")[2])
+            # What is empty stands for a folder, with some servers; dtrain has no empty files.
+            if (name := found["path"].rpartition("/")[2]) and found["size"]
         }
 
     def names(self, folder: str, after: str = "") -> list[str]:
@@ -91,23 +92,27 @@ class S3Storage(ObjectStorage):
         import obstore
 
         store, name = self._store(), self._name(path)
-        part = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        parts = _Parts()
-        with ThreadPoolExecutor(1) as pool:
-            parts.upload = pool.submit(
-                obstore.put, store, name, parts, use_multipart=True, chunk_size=part, max_concurrency=_PARTS_AT_ONCE
-            )
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+
+        def upload(parts: Iterator[Buffer]) -> None:
             with self._errors(path):
-                try:
-                    yield parts
-                    parts.end()
-                except BaseException as error:
-                    parts.end(error)
-                    raise
+                obstore.put(
+                    store, name, parts, use_multipart=True, chunk_size=part_bytes, max_concurrency=_PARTS_AT_ONCE
+                )
+
+        with ThreadPoolExecutor(1) as pool:
+            sink = _Sink(part_bytes, lambda parts: pool.submit(upload, parts))
+            try:
+                yield sink
+            except BaseException as error:
+                sink.give_up(error)
+                raise
+            if not sink.finish():
+                self._put(path, b"".join(sink.kept))
         with self._errors(path):
             found = obstore.head(store, name)["size"]
-        if found != parts.written:
-            raise OSError(f"{self.place(path)} has {found} bytes after an upload of {parts.written}")
+        if found != sink.written:
+            raise OSError(f"{self.place(path)} has {found} bytes after an upload of {sink.written}")
 
     def remove(self, folder: str) -> None:
         import obstore
@@ -182,37 +187,41 @@ class S3Storage(ObjectStorage):
 
     def _store(self) -> S3Store:
         """The client, opened in this process."""
-        global _started_in
         if _started_in not in (0, os.getpid()):
             raise UsageError(
                 f"{self.root}: this process was forked from one that has used S3, and its client doesn't survive that; "
                 "use it only after the fork"
             )
-        if self._opened is None:
-            from obstore.store import S3Store
+        with self._opening:
+            if self._opened is None:
+                self._opened = self._open()
+            return self._opened
 
-            _started_in = os.getpid()
-            where = addressed(self._options)
-            patience = timedelta(seconds=float(self._options.get("timeout_s", _TIMEOUT_S)))
-            self._opened = S3Store(
-                self._bucket,
-                prefix=self._prefix or None,
-                **credentials(self._options),
-                **({"endpoint": where["endpoint_url"]} if where["endpoint_url"] else {}),
-                region=where["region"],
-                virtual_hosted_style_request=not where["path_style"],
-                client_options={
-                    "allow_http": str(where["endpoint_url"]).startswith("http://"),
-                    "timeout": min(patience, timedelta(seconds=_REQUEST_S)),
-                    "connect_timeout": min(patience, timedelta(seconds=_CONNECT_S)),
-                },
-                retry_config={
-                    "max_retries": _MOST_TRIES,
-                    "retry_timeout": patience,
-                    "backoff": {"max_backoff": timedelta(seconds=_MOST_PAUSE_S)},
-                },
-            )
-        return self._opened
+    def _open(self) -> S3Store:
+        global _started_in
+        from obstore.store import S3Store
+
+        _started_in = os.getpid()
+        where = addressed(self._options)
+        patience = timedelta(seconds=float(self._options.get("timeout_s", _TIMEOUT_S)))
+        return S3Store(
+            self._bucket,
+            prefix=self._prefix or None,
+            **credentials(self._options),
+            **({"endpoint": where["endpoint_url"]} if where["endpoint_url"] else {}),
+            region=where["region"],
+            virtual_hosted_style_request=not where["path_style"],
+            client_options={
+                "allow_http": str(where["endpoint_url"]).startswith("http://"),
+                "timeout": min(patience, timedelta(seconds=_REQUEST_S)),
+                "connect_timeout": min(patience, timedelta(seconds=_CONNECT_S)),
+            },
+            retry_config={
+                "max_retries": _MOST_TRIES,
+                "retry_timeout": patience,
+                "backoff": {"max_backoff": timedelta(seconds=_MOST_PAUSE_S)},
+            },
+        )
 
     def _boto(self) -> Any:
         """The client for the one thing that obstore can't do: to find uploads that were never finished."""
@@ -242,47 +251,68 @@ class S3Storage(ObjectStorage):
             raise OSError(f"{place}: {_reason(error)}") from None
 
 
-class _Parts:
-    """The parts of an upload on their way from who writes them to the client, which asks for one after the other."""
+class _Sink:
+    """Takes what is written. What is more than one part goes to an upload in a thread of its own, part by part.
 
-    def __init__(self) -> None:
+    :param begin: starts the upload of what an iterator gives.
+    """
+
+    def __init__(self, part_bytes: int, begin: Callable[[Iterator[Buffer]], Future[None]]) -> None:
         self.written = 0
-        self.upload: Future[Any]
+        self.kept: list[Buffer] = []
+        """All of it, if that is no more than one part."""
+        self._part_bytes = part_bytes
+        self._begin = begin
+        self._upload: Future[None] | None = None
         self._queue: queue.Queue[Buffer | BaseException | None] = queue.Queue(1)
 
     def write(self, data: Buffer) -> None:
         self.written += memoryview(data).nbytes
-        self._hand_over(data)
+        if self._upload is not None:
+            self._hand_over(data)
+            return
+        self.kept.append(data)
+        if self.written > self._part_bytes:
+            self._upload = self._begin(self._parts())
+            kept, self.kept = self.kept, []
+            for part in kept:
+                self._hand_over(part)
 
-    def end(self, error: BaseException | None = None) -> None:
-        """No more parts: finish the upload, or give it up. :raises: what it has failed by."""
-        if error is None:
-            self._hand_over(None)
-            self.upload.result()
-        elif not self.upload.done():
-            with contextlib.suppress(Exception):
+    def finish(self) -> bool:
+        """Nothing more comes. :returns: whether there was an upload, which has succeeded now."""
+        if self._upload is None:
+            return False
+        self._hand_over(None)
+        self._upload.result()
+        return True
+
+    def give_up(self, error: BaseException) -> None:
+        """Nothing more comes, and what there is is to be thrown away."""
+        if self._upload is not None:
+            with contextlib.suppress(OSError, _GivenUp):
                 self._hand_over(error)
-                self.upload.result()
+                self._upload.result()
 
     def _hand_over(self, part: Buffer | BaseException | None) -> None:
+        """:raises OSError: the upload has failed."""
+        assert self._upload is not None
         while True:
-            if self.upload.done():
-                self.upload.result()
+            if self._upload.done():
+                self._upload.result()
                 raise OSError("the upload has ended early")
             with contextlib.suppress(queue.Full):
                 self._queue.put(part, timeout=0.1)
                 return
 
-    def __iter__(self) -> Iterator[Buffer]:
-        return self
+    def _parts(self) -> Iterator[Buffer]:
+        while (part := self._queue.get()) is not None:
+            if isinstance(part, BaseException):
+                raise _GivenUp from part
+            yield part
 
-    def __next__(self) -> Buffer:
-        part = self._queue.get()
-        if part is None:
-            raise StopIteration
-        if isinstance(part, BaseException):
-            raise InterruptedError("given up") from part
-        return part
+
+class _GivenUp(Exception):
+    """An upload's writer has failed."""
 
 
 def split(root: str) -> tuple[str, str]:
