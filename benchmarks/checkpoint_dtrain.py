@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from checkpoint_peers import Training
@@ -25,19 +26,21 @@ from dtrain.checkpoint.tree import flatten
 from dtrain.config import Config
 from dtrain.elastic.process import fork
 from dtrain.observe.events import Events
-from dtrain.storage.local import LocalStorage
 
 
 class Dtrain:
-    """dtrain's own row: the engine as it runs under a supervisor, a process for each rank's saver."""
+    """dtrain's own row: the engine as it runs under a supervisor, a process for each rank's saver.
 
-    def __init__(self, training: Training, folder: Path) -> None:
+    :param place: of the run folder, which is a path or an URL.
+    :param options: more of them, for the config.
+    """
+
+    def __init__(self, training: Training, place: Path | str, **options: Any) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        self._folder = folder
-        self._storage, events = LocalStorage(str(folder)), Events(str(folder))
+        config = Config(dir=str(place), global_batch=1, micro_batch=1, keep_last=2, **options)
+        self._storage, events = config.storage(), Events(config.local_dir)
         self._state = State()
         self._state.track({"model": training.model, "optimizer": training.optimizer})
-        config = Config(dir=str(folder), global_batch=1, micro_batch=1, keep_last=2)
         self._slots, self._step = Slots(), 0
         snapshots = Snapshots(
             self._slots,
@@ -45,7 +48,7 @@ class Dtrain:
             world_size=world_size,
             local_world_size=world_size,
             generation=0,
-            spill=str(folder),
+            spill=config.local_dir,
             say=events.warn,
         )
         name = [uuid.uuid4().hex]

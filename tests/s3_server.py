@@ -1,135 +1,15 @@
-"""S3 servers that run as processes on this machine, each with a folder, ports and credentials of its own.
-
-with seaweed(folder) as server:             a real one that keeps what it has acknowledged
-    server.kill(); server.start()           as when its machine loses its power
-with rclone(folder) as server: ...          one that ignores If-None-Match
-"""
+"""S3 servers for the tests: a real one, and one that ignores If-None-Match."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from dtrain.cli.s3_server import BUCKET, KEY, SECRET, Server, beside_python, free_ports, seaweed, served
 
-from dtrain.elastic.process import die_with
-
-BUCKET = "bucket"
-_PATIENCE_S = 60.0
-_KEY, _SECRET = "tests", "of-no-use-elsewhere"
-
-
-class Server:
-    """One server. Its files stay where they are, so that it can be started again."""
-
-    def __init__(self, command: Callable[[str], list[str]], folder: Path, url: str) -> None:
-        self._command = command
-        self._folder = folder
-        self.url = url
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a client needs to know."""
-        return {
-            "AWS_ENDPOINT_URL": self.url,
-            "AWS_ACCESS_KEY_ID": _KEY,
-            "AWS_SECRET_ACCESS_KEY": _SECRET,
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }
-
-    def client(self) -> Any:
-        """A client that dtrain has nothing to do with."""
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id=_KEY,
-            aws_secret_access_key=_SECRET,
-            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}, read_timeout=20),
-        )
-
-    def start(self) -> None:
-        """Returns when what is written can be read."""
-        parent = os.getpid()
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(self.url),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                env=os.environ | {"GOMEMLIMIT": "512MiB", "RCLONE_CONFIG": os.devnull},
-                start_new_session=True,
-                preexec_fn=lambda: die_with(parent),
-            )
-        deadline = time.monotonic() + _PATIENCE_S
-        client = self.client()
-        while True:
-            try:
-                if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-                    client.create_bucket(Bucket=BUCKET)
-                name = f"ready-{uuid.uuid4().hex}"
-                client.put_object(Bucket=BUCKET, Key=name, Body=b"ready")
-                assert client.get_object(Bucket=BUCKET, Key=name)["Body"].read() == b"ready"
-                client.delete_object(Bucket=BUCKET, Key=name)
-                return
-            except (BotoCoreError, ClientError):
-                assert self._process.poll() is None, (self._folder / "server.log").read_text()[-3000:]
-                assert time.monotonic() < deadline, (self._folder / "server.log").read_text()[-3000:]
-                time.sleep(0.05)
-
-    def kill(self) -> None:
-        """SIGKILL, at any moment."""
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-@contextlib.contextmanager
-def seaweed(folder: Path) -> Iterator[Server]:
-    """SeaweedFS, all of it in one process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = {
-        "name": "tests",
-        "credentials": [{"accessKey": _KEY, "secretKey": _SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    names = [f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer") for kind in ("", ".grpc")]
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
-    options = {
-        "dir": folder / "data",
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "master.telemetry": "false",
-        "admin.ui": "false",
-        "webdav": "false",
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        "s3.config": folder / "s3.json",
-        "filer.localSocket": folder / "filer.sock",
-        "s3.localSocket": folder / "s3.sock",
-        **ports,
-    }
-    command = [_beside_python("weed"), "-logtostderr", "mini", *(f"-{name}={value}" for name, value in options.items())]
-    yield from _served(Server(lambda _: command, folder, f"http://127.0.0.1:{ports['s3.port']}"))
+__all__ = ["BUCKET", "Server", "rclone", "seaweed"]
 
 
 @contextlib.contextmanager
@@ -137,27 +17,7 @@ def rclone(folder: Path) -> Iterator[Server]:
     """rclone's server for a folder, which overwrites what it was asked to create."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    (port,) = _free_ports(1)
-    command = [_beside_python("rclone"), "serve", "s3", str(data), f"--addr=127.0.0.1:{port}"]
-    command += [f"--auth-key={_KEY},{_SECRET}"]
-    yield from _served(Server(lambda _: command, folder, f"http://127.0.0.1:{port}"))
-
-
-def _served(server: Server) -> Iterator[Server]:
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
-
-
-def _beside_python(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    (port,) = free_ports(1)
+    command = [beside_python("rclone"), "serve", "s3", str(data), f"--addr=127.0.0.1:{port}"]
+    command += [f"--auth-key={KEY},{SECRET}"]
+    yield from served(Server(command, folder, f"http://127.0.0.1:{port}", {"RCLONE_CONFIG": os.devnull}))

@@ -24,7 +24,7 @@ import xxhash
 from dtrain.checkpoint.format import DIGEST_BYTES, Chunk
 from dtrain.checkpoint.layout import bytes_of
 from dtrain.errors import Damaged
-from dtrain.storage.base import Distant, KeepsOpen, Readable
+from dtrain.storage.base import Distant, KeepsOpen, Readable, looks
 
 _READ_BYTES = 4 << 20
 """Neighbouring blocks are read together up to this size, so that many small tensors cost one read."""
@@ -248,10 +248,19 @@ class _Worker:
             at = block.stop
         buffers.append(scratch[begun:used])
         place = f"{self._folder}/{read.file}"
-        with damaged_by(place):
-            self._storage.read_into(place, read.start, buffers)
+        bad: _Block | None = None
+        for _ in looks(self._storage):
+            with damaged_by(place):
+                self._storage.read_into(place, read.start, buffers)
+            pairs = zip(read.blocks, places, strict=True)
+            bad = next((block for block, begin in pairs if not _is_good(block, scratch[begin:])), None)
+            if bad is None:
+                break
+        if bad is not None:
+            raise Damaged(f"{place}: bytes {bad.start} to {bad.stop} are not those that were saved ({bad.name})")
         for block, begin in zip(read.blocks, places, strict=True):
-            self._check(block, scratch[begin:])
+            if block.memory is not None and block.memory.nbytes < _DIRECT_BYTES:
+                block.memory[:] = scratch[begin + block.first - block.start :][: block.memory.nbytes]
             if block.box is not None:
                 self._copy(block, block.box, spare[begin:])
         self._copied[0] = [stream.record_event() for stream in self._streams.values()]
@@ -268,27 +277,6 @@ class _Worker:
         for stream in self._streams.values():
             stream.synchronize()
 
-    def _check(self, block: _Block, scratch: memoryview) -> None:
-        """Compare a block with its digest; then put what is small and wanted of it into its place."""
-        memory, size = block.memory, block.stop - block.start
-        direct = memory is not None and memory.nbytes >= _DIRECT_BYTES
-        if block.digest:
-            if memory is not None and direct:
-                head, tail = block.first - block.start, size - memory.nbytes
-                hasher = xxhash.xxh3_128(scratch[:head])
-                hasher.update(memory)
-                hasher.update(scratch[head:tail])
-                found = hasher.digest()
-            else:
-                found = xxhash.xxh3_128_digest(scratch[:size])
-            if found != block.digest:
-                raise Damaged(
-                    f"{self._folder}/{block.file}: bytes {block.start} to {block.stop} are not those that were saved "
-                    f"({block.name})"
-                )
-        if memory is not None and not direct:
-            memory[:] = scratch[block.first - block.start :][: memory.nbytes]
-
     def _copy(self, block: _Block, box: _Box, spare: torch.Tensor) -> None:
         """Copy what is wanted out of a block that was checked."""
         stream = self._streams.get(box.target.device)
@@ -302,6 +290,23 @@ class _Worker:
                     saved = saved.narrow(dim, low - ours, high - low)
                     target = target.narrow(dim, low - start, high - low)
                 target.copy_(saved, non_blocking=stream is not None)
+
+
+def _is_good(block: _Block, scratch: memoryview) -> bool:
+    """Whether a block that was read is what was saved, as far as anybody knows.
+
+    :param scratch: begins with what of it hasn't gone straight to its place.
+    """
+    memory, size = block.memory, block.stop - block.start
+    if not block.digest:
+        return True
+    if memory is None or memory.nbytes < _DIRECT_BYTES:
+        return xxhash.xxh3_128_digest(scratch[:size]) == block.digest
+    head, tail = block.first - block.start, size - memory.nbytes
+    hasher = xxhash.xxh3_128(scratch[:head])
+    hasher.update(memory)
+    hasher.update(scratch[head:tail])
+    return hasher.digest() == block.digest
 
 
 class _Part(NamedTuple):

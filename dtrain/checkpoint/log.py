@@ -24,7 +24,7 @@ from typing import Literal
 import xxhash
 
 from dtrain.errors import Damaged, Fenced
-from dtrain.storage.base import Distant, Storage
+from dtrain.storage.base import Distant, Storage, looks
 
 FOLDER = "log"
 Kind = Literal["claim", "commit", "bad", "retire"]
@@ -90,11 +90,13 @@ class Log:
 
     def _read(self, number: int) -> Entry | str:
         """An entry, or what is the matter with it."""
-        name = f"{FOLDER}/{number:08d}.json"
-        try:
-            return _decode(self._storage.read(name), number)
-        except (Damaged, FileNotFoundError, IsADirectoryError) as error:
-            return f"{name}: {error}"
+        name, found = f"{FOLDER}/{number:08d}.json", ""
+        for _ in looks(self._storage):
+            try:
+                return _decode(self._storage.read(name), number)
+            except (Damaged, FileNotFoundError, IsADirectoryError) as error:
+                found = f"{name}: {error}"
+        return found
 
     @property
     def epoch(self) -> int:

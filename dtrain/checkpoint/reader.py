@@ -38,7 +38,7 @@ from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.tree import dtype_name, dtype_named, leaves_of
 from dtrain.errors import Damaged, StateError
-from dtrain.storage.base import Readable, Storage, inside
+from dtrain.storage.base import Readable, Storage, inside, looks
 
 
 @no_collection()
@@ -172,8 +172,11 @@ def read_manifest(storage: Storage, folder: str, name: str, expected: str) -> tu
     :raises Damaged: something isn't as it was saved.
     """
     with damaged_by(folder):
-        data = storage.read(f"{folder}/{name}")
-        if digest(data) != expected:
+        for _ in looks(storage):
+            data = storage.read(f"{folder}/{name}")
+            if digest(data) == expected:
+                break
+        else:
             raise Damaged(f"{folder}/{name} is not the one that was committed")
         manifest = Manifest.from_json(data)
         found = storage.files(folder)

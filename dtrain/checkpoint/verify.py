@@ -21,7 +21,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import DIGEST_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, digest
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.errors import Damaged
-from dtrain.storage.base import Distant, Storage
+from dtrain.storage.base import Distant, Storage, looks
 
 _READ_BYTES = 4 << 20
 _MOST_THREADS = 8
@@ -145,17 +145,19 @@ def _faults(
             memory.view = memoryview(bytearray(max(_READ_BYTES, manifest.block_bytes)))
         place = f"{folder}/{read.file}"
         view = memory.view[: read.ranges[-1].stop - read.ranges[0].start]
-        try:
-            storage.read_into(place, read.ranges[0].start, [view])
-        except (OSError, EOFError) as error:
-            return [Fault(place, part.start, part.stop, part.name, _reason(error)) for part in read.ranges]
+        wrong: list[_Range] = []
+        for _ in looks(storage):
+            try:
+                storage.read_into(place, read.ranges[0].start, [view])
+            except (OSError, EOFError) as error:
+                return [Fault(place, part.start, part.stop, part.name, _reason(error)) for part in read.ranges]
+            begin = read.ranges[0].start
+            wrong = [part for part in read.ranges if not part.is_good(view[part.start - begin : part.stop - begin])]
+            if not wrong:
+                break
         done.append(view.nbytes)
         progress(view.nbytes)
-        return [
-            Fault(place, part.start, part.stop, part.name, part.what)
-            for part in read.ranges
-            if not part.is_good(view[part.start - read.ranges[0].start : part.stop - read.ranges[0].start])
-        ]
+        return [Fault(place, part.start, part.stop, part.name, part.what) for part in wrong]
 
     most = storage.reads_at_once if isinstance(storage, Distant) else len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(min(_MOST_THREADS, most)) as pool:

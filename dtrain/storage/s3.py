@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import queue
+import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from dtrain.errors import ConfigError, UsageError
@@ -27,6 +30,8 @@ from dtrain.storage.objects import ObjectStorage
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
+T = TypeVar("T")
+
 OPTIONS = ("client", "endpoint_url", "region", "profile", "path_style", "timeout_s")
 """What `storage_options` may hold."""
 
@@ -35,10 +40,11 @@ _MOST_PARTS = 9_000
 """S3 takes 10,000 of one object."""
 _PARTS_AT_ONCE = 8
 _TIMEOUT_S = 60.0
-_REQUEST_S = 30.0
-"""For one part, or one answer: on the slowest line that makes sense."""
+_REQUESTS = 3
+"""As long as that many requests may take, one is tried again: it gets a third of the time."""
 _CONNECT_S = 5.0
 _MOST_TRIES = 12
+_LOOKS = 4
 _MOST_PAUSE_S = 5.0
 
 _started_in = 0
@@ -56,13 +62,13 @@ class S3Storage(ObjectStorage):
         super().__init__(root, unsafe_commit=unsafe_commit)
         self._options = checked(options)
         self._bucket, self._prefix = split(self.root)
+        self._patience_s = float(self._options.get("timeout_s", _TIMEOUT_S))
         self._opened: S3Store | None = None
 
     def read(self, path: str) -> bytes:
         import obstore
 
-        with self._errors(path):
-            return bytes(obstore.get(self._store(), self._name(path)).bytes())
+        return self._look(path, lambda store, name: bytes(obstore.get(store, name).bytes()))
 
     def files(self, folder: str) -> dict[str, File]:
         return {
@@ -75,16 +81,15 @@ class S3Storage(ObjectStorage):
     def names(self, folder: str, after: str = "") -> list[str]:
         import obstore
 
+        def behind(store: S3Store, name: str) -> list[str]:
+            return [item["path"] for chunk in obstore.list(store, name, offset=f"{name}/{after}") for item in chunk]
+
         if after:  # of a folder without folders in it: the server begins at the right place
-            found = []
-            with self._errors(folder):
-                stream = obstore.list(self._store(), self._name(folder), offset=f"{self._name(folder)}/{after}")
-                for chunk in stream:
-                    found += [item["path"].rpartition("/")[2] for item in chunk]
+            paths = self._look(folder, behind)
         else:
             listed = self._list(folder)
             paths = [*listed["common_prefixes"], *(item["path"] for item in listed["objects"])]
-            found = [path.rpartition("/")[2] for path in paths]
+        found = (path.rpartition("/")[2] for path in paths)
         return sorted(name for name in found if name and not name.startswith("."))
 
     @contextlib.contextmanager
@@ -109,8 +114,7 @@ class S3Storage(ObjectStorage):
                 raise
             if not sink.finish():
                 self._put(path, b"".join(sink.kept))
-        with self._errors(path):
-            found = obstore.head(store, name)["size"]
+        found = self._size(path)
         if found != sink.written:
             raise OSError(f"{self.place(path)} has {found} bytes after an upload of {sink.written}")
 
@@ -159,15 +163,15 @@ class S3Storage(ObjectStorage):
     def _read_range(self, path: str, offset: int, length: int) -> memoryview:
         import obstore
 
-        store, name = self._store(), self._name(path)
+        def act(store: S3Store, name: str) -> memoryview:
+            return memoryview(obstore.get_range(store, name, start=offset, length=length))
+
         try:
-            with self._errors(path):
-                data = memoryview(obstore.get_range(store, name, start=offset, length=length))
+            data = self._look(path, act)
         except FileNotFoundError:
             raise
         except OSError:
-            with self._errors(path):
-                end = obstore.head(store, name)["size"]
+            end = self._size(path)
             if offset + length <= end:
                 raise
             raise EOFError(f"{path} ends at byte {end}") from None
@@ -178,8 +182,29 @@ class S3Storage(ObjectStorage):
     def _list(self, folder: str) -> Any:
         import obstore
 
-        with self._errors(folder):
-            return obstore.list_with_delimiter(self._store(), self._name(folder) or None)
+        return self._look(folder, lambda store, name: obstore.list_with_delimiter(store, name or None))
+
+    def _size(self, path: str) -> int:
+        import obstore
+
+        return self._look(path, lambda store, name: obstore.head(store, name)["size"])
+
+    def _look(self, path: str, act: Callable[[S3Store, str], T]) -> T:
+        """Ask for what changes nothing, and again after an answer that makes no sense, such as half of a listing: what
+        the client sees of them it tries again only where it knows the reason."""
+        store, name = self._store(), self._name(path)
+        deadline = time.monotonic() + self._patience_s
+        for tried in itertools.count():
+            try:
+                with self._errors(path):
+                    return act(store, name)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                if tried + 1 == _LOOKS or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, 0.1 * 2**tried))
+        raise AssertionError("unreachable")
 
     def _name(self, path: str) -> str:
         name = str(inside(path, self.root))
@@ -203,7 +228,7 @@ class S3Storage(ObjectStorage):
 
         _started_in = os.getpid()
         where = addressed(self._options)
-        patience = timedelta(seconds=float(self._options.get("timeout_s", _TIMEOUT_S)))
+        patience = timedelta(seconds=self._patience_s)
         return S3Store(
             self._bucket,
             prefix=self._prefix or None,
@@ -211,9 +236,10 @@ class S3Storage(ObjectStorage):
             **({"endpoint": where["endpoint_url"]} if where["endpoint_url"] else {}),
             region=where["region"],
             virtual_hosted_style_request=not where["path_style"],
+            checksum_algorithm="SHA256",
             client_options={
                 "allow_http": str(where["endpoint_url"]).startswith("http://"),
-                "timeout": min(patience, timedelta(seconds=_REQUEST_S)),
+                "timeout": patience / _REQUESTS,
                 "connect_timeout": min(patience, timedelta(seconds=_CONNECT_S)),
             },
             retry_config={
