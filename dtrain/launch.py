@@ -21,6 +21,7 @@ from dtrain.config import Config
 from dtrain.elastic.generation import Group, Placement
 from dtrain.elastic.process import Page
 from dtrain.elastic.supervisor import Life, Supervisor
+from dtrain.errors import ConfigError
 from dtrain.training.run import Run
 
 # Asked in the usual way, whether there is a GPU, CUDA is started and can't be used after a fork.
@@ -55,6 +56,11 @@ def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = Fals
         run.close()
         dist.destroy_process_group()
 
+    if not in_place and config.dir.startswith("memory://"):
+        raise ConfigError(
+            f"dir={config.dir!r} is the memory of one process, and a run is of several: keep it elsewhere, or use "
+            "launch(..., in_place=True)"
+        )
     if in_place:
         group, slots = Group(placement, config.timeout_s), Slots()
         saver = Saver.of(config, group.savers_store, placement.rank, placement.world_size, slots)

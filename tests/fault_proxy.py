@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import random
 import socket
 import struct
 import threading
@@ -62,6 +63,7 @@ class Proxy:
         self._at = 0
         self._asked: list[str] = []
         self._done = False
+        self._chance: tuple[random.Random, float] | None = None
         self._closing = threading.Event()
         self._released = threading.Event()
         self.held = threading.Event()
@@ -108,6 +110,12 @@ class Proxy:
             self.held.clear()
             self._released.clear()
 
+    def arm_by_chance(self, dice: random.Random, share: float) -> None:
+        """From now on, do something to such a share of the requests."""
+        self.arm()
+        with self._lock:
+            self._chance = dice, share
+
     def release(self) -> None:
         """Let the request that is held go on to the server."""
         self._released.set()
@@ -115,7 +123,7 @@ class Proxy:
     def disarm(self) -> tuple[list[str], bool]:
         """:returns: method and path of each request since `arm`, and whether the fault has come to pass."""
         with self._lock:
-            self._fault = None
+            self._fault = self._chance = None
             return self._asked, self._done
 
     def _handle(self, client: BaseHTTPRequestHandler) -> None:
@@ -124,6 +132,8 @@ class Proxy:
             self._asked.append(f"{client.command} {urlsplit(client.path).path}")
             number = len(self._asked)
             fault = self._fault if number == self._at or (self._fault == "gone" and number > self._at > 0) else None
+            if self._chance is not None and self._chance[0].random() < self._chance[1]:
+                fault = self._chance[0].choice([kind for kind in FAULTS if kind != "gone"])
             self._done = self._done or fault is not None
         if fault in _CODES:
             self._refuse(client, fault)

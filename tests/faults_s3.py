@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.loading import load
@@ -151,6 +152,23 @@ class Case:
         assert self.committed()[-1] == 4
         return outcome
 
+    def many(self, dice: random.Random) -> str:
+        """Five saves while a fifth of all requests go wrong, in any way; then one without a fault."""
+        saved = [2]
+        self._proxy.arm_by_chance(dice, 0.2)
+        for step in range(3, 8):
+            try:
+                self.generation.save(step)
+                saved.append(step)
+            except SaveError:
+                pass
+        self._proxy.disarm()
+        steps = self.committed()
+        assert steps[-1] >= saved[-1], f"{saved} were saved, and there are {steps}"
+        self.generation.save(8)
+        assert self.committed()[-1] == 8
+        return f"saved {len(saved) - 1} of 5"
+
     def restore(self) -> str:
         """A new generation claims the run and restores, with the fault; then another one, without."""
         outcome = "restored"
@@ -215,8 +233,15 @@ def main() -> int:
         def case() -> Case:
             return Case(server.url, proxy, BUCKET, Path(folder))
 
+        if chosen.random:
+            for number in tqdm(range(chosen.random), disable=None):
+                try:
+                    counts["by chance", "20% of all", case().many(random.Random(chosen.seed + number))] += 1
+                except Exception as error:
+                    wrong.append(f"seed {chosen.seed + number}: {type(error).__name__}: {error}")
+                    print(wrong[-1], flush=True)
         cases: list[tuple[str, Fault, int, str]] = []
-        for act in chosen.acts.split(","):
+        for act in () if chosen.random else chosen.acts.split(","):
             requests = _requests_of(act, case(), proxy)
             print(f"{act}: {len(requests)} requests", flush=True)
             cases += [
@@ -225,7 +250,9 @@ def main() -> int:
                 for fault in FAULTS
                 if fault in chosen.faults.split(",")
             ]
-        for act, fault, number, request in dice.sample(cases, chosen.sample) if chosen.sample else cases:
+        for act, fault, number, request in tqdm(
+            dice.sample(cases, chosen.sample) if chosen.sample else cases, disable=None
+        ):
             ready = case()
             if act == "gc":
                 ready.leave_something()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 import shutil
 import signal
@@ -30,6 +31,7 @@ from dtrain.observe.events import say
 from dtrain.observe.report import Failure, History, history, losses
 
 MODULE = "dtrain.examples.gpt"
+_BUCKET = "bucket"
 _SAVES_PER_KILL = 4
 """Checkpoints from one kill to the next."""
 _POLL_S = 0.02
@@ -72,10 +74,13 @@ class Demo:
     seed: int = 0
     """Fixes the training, and which process is killed when."""
 
+    s3: bool = False
+    """Keep the checkpoints in a bucket instead, of a real S3 server (SeaweedFS) that is started for it here."""
+
     def run(self) -> int:
         """:raises ConfigError: an option can't be right."""
         self._check()
-        with self._folder() as folder:
+        with self._folder() as folder, self._server(folder):
             calm, struck = folder / "undisturbed", folder / "killed"
             _print(textwrap.fill(self._title(), _width()))
             _print(f"\n1. Undisturbed: {self.steps} steps, a checkpoint every {self._save_every}.\n")
@@ -132,6 +137,23 @@ class Demo:
                 )
         yield folder_kept
 
+    @contextlib.contextmanager
+    def _server(self, folder: Path) -> Iterator[None]:
+        """What the runs' checkpoints are in, unless that is the folder."""
+        if not self.s3:
+            yield
+            return
+        from dtrain.cli.s3_server import seaweed  # which needs more than the rest
+
+        with seaweed(folder / "server") as server:
+            os.environ |= server.environment
+            _print(f"S3 server: SeaweedFS on {server.url}\n")
+            yield
+
+    def _place(self, run: Path) -> str:
+        """Where a run's checkpoints are; its events and metrics are in its folder anyway."""
+        return f"s3://{_BUCKET}/{run.name}" if self.s3 else str(run)
+
     def _title(self) -> str:
         where = f"{self.nproc} GPUs (NCCL)" if self._gpus else "the CPU (gloo)"
         text = ", ".join(map(str, self.data)) if self.data else "the source of Python's standard library"
@@ -148,8 +170,10 @@ class Demo:
         :param kills: what was killed is added here.
         :returns: the seconds that it took; None if torchrun failed.
         """
-        arguments = ["--dir", str(run), "--steps", str(self.steps), "--seed", str(self.seed)]
+        arguments = ["--dir", self._place(run), "--steps", str(self.steps), "--seed", str(self.seed)]
         arguments += ["--save-every", str(self._save_every)]
+        if self.s3:
+            arguments += ["--local-dir", str(run)]
         if self.data:
             arguments += ["--data", *map(str, self.data)]
         # With fewer GPUs than processes, all of them are to find none.
@@ -201,7 +225,7 @@ class Demo:
         _print(f"Loss in nats a byte; {same}. A dotted line is a kill.")
         _print(_chart(after, [failure.step for failure in failures], _width()))
         _print("\n" + _table(failures, kills) + "\n")
-        (step, one), (other_step, other) = last_tensors(calm), last_tensors(struck)
+        (step, one), (other_step, other) = last_tensors(self._place(calm)), last_tensors(self._place(struck))
         digests = sha256(one), sha256(other)
         equal = digests[0] == digests[1] and step == other_step == self.steps
         size = sum(tensor.nbytes for tensor in one.values())

@@ -56,7 +56,10 @@ class Options:
     """Train a byte-level GPT that survives what happens to its processes."""
 
     dir: str = "runs/gpt"
-    """Folder of the run: its checkpoints are written here, and found here by the next start."""
+    """Folder of the run, or an URL (s3://...): its checkpoints are written here, and found here by the next start."""
+
+    local_dir: str = ""
+    """Folder for events and metrics, where the run's is an URL."""
 
     data: tuple[Path, ...] = ()
     """Files and folders to learn from. Without any: the Python standard library's own source."""
@@ -329,6 +332,7 @@ def start(options: Options) -> None:
         functools.partial(train, options=options, corpus=corpus),
         dtrain.Config(
             dir=options.dir,
+            local_dir=options.local_dir,
             global_batch=options.global_batch,
             micro_batch=options.micro_batch,
             seed=options.seed,

@@ -255,9 +255,14 @@ class S3Storage(ObjectStorage):
         from botocore.config import Config
 
         where = addressed(self._options)
-        style = Config(s3={"addressing_style": "path" if where["path_style"] else "auto"})
+        config = Config(
+            s3={"addressing_style": "path" if where["path_style"] else "auto"},
+            connect_timeout=min(self._patience_s, _CONNECT_S),
+            read_timeout=self._patience_s / _REQUESTS,
+            retries={"total_max_attempts": _LOOKS, "mode": "standard"},
+        )
         session = boto3.Session(profile_name=self._options.get("profile"))
-        return session.client("s3", endpoint_url=where["endpoint_url"], region_name=where["region"], config=style)
+        return session.client("s3", endpoint_url=where["endpoint_url"], region_name=where["region"], config=config)
 
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
