@@ -72,7 +72,9 @@ class Bare:
     """One object a rank, by ranges. The subclasses say with which client."""
 
     def __init__(self, training: Training, place: str) -> None:
-        self.memory = memoryview(Limits(training).memory.numpy().data)
+        limits = Limits(training)
+        limits.copy()
+        self.memory = memoryview(limits.memory.numpy().data)
         self._prefix, self._count = place.removeprefix(f"s3://{BUCKET}/"), 0
         self.ranges = [
             (at, min(self.memory.nbytes, at + _PART_BYTES)) for at in range(0, self.memory.nbytes, _PART_BYTES)
@@ -227,10 +229,8 @@ class OnBucket(Dtrain):
     """dtrain. :param client: its way to S3."""
 
     def __init__(self, training: Training, place: str, client: str) -> None:
-        local = Path(tempfile.gettempdir()) / f"dtrain-s3-benchmark-{os.getpid()}"
-        local.mkdir(exist_ok=True)
-        self._local = local
-        super().__init__(training, place, local_dir=str(local), storage_options={"client": client})
+        self._local = tempfile.TemporaryDirectory()
+        super().__init__(training, place, local_dir=self._local.name, storage_options={"client": client})
 
     def save(self, training: Training) -> float:
         stall = super().save(training)
@@ -239,9 +239,7 @@ class OnBucket(Dtrain):
 
     def close(self) -> None:
         super().close()
-        for path in self._local.iterdir():
-            path.unlink()
-        self._local.rmdir()
+        self._local.cleanup()
 
 
 ROWS: Mapping[str, Callable[[Training, str], Any]] = {
