@@ -106,7 +106,7 @@ def read_blocks(
     :returns: how many bytes were read.
     :raises Damaged: a block doesn't hold what was saved, or can't be read. What the tensors hold then is worth nothing.
     """
-    wants = [want for want in wants if want.target.numel()]
+    wants = sorted((w for w in wants if w.target.numel()), key=lambda w: (w.chunk.file, w.chunk.offset))
     devices = {want.target.device for want in wants if want.target.is_cuda}
     most, count = _READ_BYTES, threads or default_threads()
     if isinstance(storage, Distant):
@@ -193,17 +193,18 @@ def _memory_of(target: torch.Tensor) -> memoryview:
 
 
 def _reads(blocks: Iterable[_Block], most: int) -> Iterator[_Read]:
-    """Neighbouring blocks together, up to so many bytes. They come as in the state, which is their order in a file."""
-    last: dict[str, _Read] = {}
+    """Neighbouring blocks together, up to so many bytes. They come as they lie in the files."""
+    read: _Read | None = None
     for block in blocks:
-        read = last.get(block.file)
-        if read is None or not read.stop <= block.start <= read.stop + _GAP_BYTES or block.stop - read.start > most:
+        near = read is not None and read.file == block.file and read.stop <= block.start <= read.stop + _GAP_BYTES
+        if read is None or not near or block.stop - read.start > most:
             if read is not None:
                 yield read
-            read = last[block.file] = _Read(block.file, block.start, block.stop)
+            read = _Read(block.file, block.start, block.stop)
         read.stop = block.stop
         read.blocks.append(block)
-    yield from last.values()
+    if read is not None:
+        yield read
 
 
 class _Worker:

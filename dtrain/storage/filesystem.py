@@ -11,7 +11,7 @@ import datetime
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dtrain.errors import ConfigError
@@ -88,7 +88,8 @@ class FilesystemStorage(ObjectStorage):
         with self._errors(path):
             self._fs().rm_file(self._name(path))
 
-    def _read_range(self, path: str, offset: int, length: int) -> memoryview:
+    def _read_range(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
+        length = sum(view.nbytes for view in views)
         try:
             with self._errors(path):
                 data = memoryview(self._fs().cat_file(self._name(path), start=offset, end=offset + length))
@@ -102,7 +103,9 @@ class FilesystemStorage(ObjectStorage):
             raise EOFError(f"{path} ends at byte {end}") from None
         if data.nbytes != length:
             raise EOFError(f"{path} ends at byte {offset + data.nbytes}")
-        return data
+        for view in views:
+            view[:] = data[: view.nbytes]
+            data = data[view.nbytes :]
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         fs = self._fs()

@@ -32,7 +32,7 @@ class ObjectStorage(ABC):
     :param unsafe_commit: make do without exclusive creation.
     """
 
-    read_bytes = 16 << 20
+    read_bytes = 32 << 20
     reads_at_once = 8
 
     def __init__(self, root: str, *, unsafe_commit: bool = False) -> None:
@@ -81,12 +81,8 @@ class ObjectStorage(ABC):
         del folder  # an object that is there is durable, and so is its name
 
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        views = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-        data = self._read_range(path, offset, sum(view.nbytes for view in views))
-        at = 0
-        for view in views:
-            view[:] = data[at : at + view.nbytes]
-            at += view.nbytes
+        if views := [buffer.cast("B") for buffer in buffers if buffer.nbytes]:
+            self._read_range(path, offset, views)
 
     def place(self, path: str) -> str:
         """For messages."""
@@ -105,7 +101,7 @@ class ObjectStorage(ABC):
         """Write a file, whatever was there."""
 
     @abstractmethod
-    def _read_range(self, path: str, offset: int, length: int) -> memoryview:
+    def _read_range(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         """:raises EOFError: the file ends before."""
 
     @abstractmethod
