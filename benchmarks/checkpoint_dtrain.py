@@ -66,7 +66,7 @@ class Dtrain:
 
         self._process = fork(work)
         client = Remote(self._ours, self._slots.board, 0)
-        self._manager = Manager(self._storage, client, self._slots, snapshots, events)
+        self._manager = Manager([self._storage], client, self._slots, snapshots, events)
         self._manager.claim()
 
     def save(self, training: Training) -> float:

@@ -145,6 +145,11 @@ class Config:
     """A folder for what a bucket can't hold, where `dir` is an URL: events, metrics, and snapshots that don't fit into
     memory. By default one below `~/.local/state/dtrain`."""
 
+    local_save_every: int | str | None = None
+    """Where `dir` is an URL, the distance between two checkpoints in `local_dir`, besides those in `dir`: like
+    `save_every`, but for `"auto"`. All ranks must reach that folder: they run on one machine, or it is on a shared
+    disk. None makes none there."""
+
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     """How `dir` is reached where it is an URL. For S3: `endpoint_url`, `region`, `profile`, `path_style`, `timeout_s`
     (how long a request is tried again), `client` ("obstore" or "s3fs"); by default what the environment and the profile
@@ -174,6 +179,10 @@ class Config:
         else:
             if self.local_dir:
                 raise ConfigError(f"local_dir={self.local_dir!r} is for a dir that is an URL; leave it out")
+            if self.local_save_every is not None:
+                raise ConfigError(
+                    f"local_save_every={self.local_save_every!r} is for a dir that is an URL; leave it out"
+                )
             if self.storage_options:
                 names = ", ".join(self.storage_options)
                 raise ConfigError(f"storage_options ({names}) are for a dir that is an URL; leave them out")
@@ -198,6 +207,9 @@ class Config:
         Interval.parse(self.save_every)
         if Interval.parse(self.snapshot_every, "snapshot_every").unit == "epochs":
             raise ConfigError(f"snapshot_every={self.snapshot_every!r} takes steps, a time or 'auto'")
+        every_local = self.local_save_every
+        if every_local is not None and Interval.parse(every_local, "local_save_every").unit == "auto":
+            raise ConfigError("local_save_every='auto': give steps, epochs or a time")
         if self.early_save not in ("wait", "skip"):
             raise ConfigError(f"early_save={self.early_save!r} must be 'wait' or 'skip'")
         every = self.keep_every
@@ -216,6 +228,10 @@ class Config:
     def storage(self) -> Storage:
         """Of the run folder; nothing is opened yet."""
         return storage_at(self.dir, self.storage_options, unsafe_commit=self.unsafe_commit)
+
+    def local_storage(self) -> Storage | None:
+        """Of the checkpoints in `local_dir`, if any are made there."""
+        return None if self.local_save_every is None else storage_at(self.local_dir)
 
     def check_world(self, world_size: int) -> None:
         """:raises ConfigError: there are more ranks than micro-batches, so that some would have nothing to do."""

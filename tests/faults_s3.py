@@ -76,7 +76,7 @@ class Generation:
             slots, rank=0, world_size=1, local_world_size=1, generation=0, spill=local, say=lambda _: None
         )
         saver = Saver.of(config, lambda: store, 0, 1, slots)
-        self.manager = Manager(config.storage(), Direct(saver, slots.board), slots, snapshots, events)
+        self.manager = Manager([config.storage()], Direct(saver, slots.board), slots, snapshots, events)
         self.manager.claim()
 
     def save(self, step: int) -> None:

@@ -58,8 +58,8 @@ class Saver:
         )
 
         self.saver = WritingSaver.of(config, connection(), rank, world_size, self.slots)
-        self.manager = Manager(storage, self._client(), self.slots, snapshots, events)
-        self.catalog = self.saver._catalog
+        self.manager = Manager([storage], self._client(), self.slots, snapshots, events)
+        self.catalog = self.saver._catalogs[0]
         self.manager.claim()
         self.state = State()
         self.state.track(objects)

@@ -177,7 +177,7 @@ def test_a_mismatch_that_one_rank_alone_sees_is_agreed_on_by_all(tmp_path: Path)
     def work(rank: int) -> int | None:
         held = objects(999)
         saver = Saver(tmp_path, **held)
-        storage = saver.manager._storage
+        storage = saver.manager._storages[0]
         read_into = storage.read_into
 
         def own_disk(path: str, offset: int, buffers: Any) -> None:

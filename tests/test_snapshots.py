@@ -68,7 +68,7 @@ def test_a_newer_checkpoint_is_preferred_to_an_older_snapshot(tmp_path: Path) ->
         second = Background(tmp_path, kept=kept)
         second.save(2)
         second.end()
-        first.saver._catalog.epoch = 0  # the same group goes on
+        first.saver._catalogs[0].epoch = 0  # the same group goes on
         first.slots.board.epoch = 0
         first.manager.claim()
         restored = first.restore()

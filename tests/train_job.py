@@ -49,6 +49,7 @@ class Options:
     raise_rank: int = 0
     local: str = ""
     """What can't be on a bucket."""
+    local_save_every: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -151,6 +152,7 @@ def main() -> None:
             save_every=options.save_every,
             timeout_s=60,
             local_dir=options.local,
+            local_save_every=options.local_save_every,
         ),
     )
 

@@ -26,7 +26,7 @@ SAMPLES = 40
 
 
 @contextmanager
-def opened(root: Path, page: Page | None = None, **options: Any) -> Iterator[dtrain.Run]:
+def opened(root: Path | str, page: Page | None = None, **options: Any) -> Iterator[dtrain.Run]:
     """A run in this process, which is one rank of a group."""
     options = {"global_batch": 8, "micro_batch": 2, "save_every": 1000} | options
     config = dtrain.Config(dir=str(root), **options)
@@ -55,7 +55,7 @@ def built(run: dtrain.Run, dropout: float = 0.0, samples: int = SAMPLES) -> tupl
 
 
 def train(
-    root: Path,
+    root: Path | str,
     steps: int,
     *,
     page: Page | None = None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dtrain.checkpoint.format import MANIFEST
+from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.policy import Keep, to_retire
 from dtrain.checkpoint.reader import read_manifest
@@ -28,15 +29,18 @@ class Catalog:
     """See above. Not for several threads at once.
 
     :param keep: which checkpoints are kept.
+    :ivar group: goes into each commit, see `Entry.group`.
     """
 
     def __init__(self, storage: Storage, keep: Keep, events: Events) -> None:
-        self._storage = storage
+        self.storage = storage
+        self.indexes = Indexes()
         self._keep = keep
         self._events = events
         self.log = Log(storage)
         self.epoch = 0
         """The epoch that was claimed; 0 before."""
+        self.group = 0
 
     def claim(self, *, after: int | None = None) -> None:
         """Take the run over from any earlier generation, and clear away what it left unfinished.
@@ -45,13 +49,13 @@ class Catalog:
         """
         claim = self.log.claim(time.time(), uuid.uuid4().hex[:8], after=after)
         for broken in self.log.broken:
-            self._events.warn(f"{self._storage.root}/{broken}: passed over")
-        if not isinstance(self._storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
-            for left in self._storage.half_made():
+            self._events.warn(f"{self.storage.root}/{broken}: passed over")
+        if not isinstance(self.storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
+            for left in self.storage.half_made():
                 if time.time() - left.changed > ABANDONED_S:
                     left.remove()
         whole = {entry.attempt for entry in (*self.log.commits(), *self.log.bad())}
-        for name in self._storage.names(CHECKPOINTS):
+        for name in self.storage.names(CHECKPOINTS):
             # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
             # And none at all while an entry can't be read, since that may be the commit of any of them.
             if name not in whole and 0 <= epoch_of(name) < claim.epoch and not self.log.broken:
@@ -69,7 +73,7 @@ class Catalog:
         :param fields: of the log's entry.
         :raises Fenced: a newer generation has taken the run over.
         """
-        self._append("commit", attempt=attempt, **fields)
+        self._append("commit", attempt=attempt, group=self.group, **fields)
 
     def retire(self) -> list[str]:
         """Write off the checkpoints that needn't be kept any longer. :returns: their folders, to be deleted.
@@ -91,24 +95,28 @@ class Catalog:
 
     def discard(self, attempt: str) -> None:
         """Delete an attempt's folder."""
-        self._storage.remove(f"{CHECKPOINTS}/{attempt}")
+        self.storage.remove(f"{CHECKPOINTS}/{attempt}")
 
     def _append(self, kind: Any, **fields: Any) -> None:
         self.log.append(Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields))
 
 
 def candidates(
-    storage: Storage, log: Log, condemn: Callable[[str, int, str], None]
+    storage: Storage,
+    log: Log,
+    condemn: Callable[[str, int, str], None],
+    counts: Callable[[Entry], bool] = lambda commit: True,
 ) -> Iterator[tuple[Entry, bytes] | None]:
     """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none.
 
     :param condemn: called with attempt, step and reason for each of the others.
+    :param counts: whether a commit counts at all.
     :raises NoGoodCheckpoint: there are commits, and none of them is good.
     """
     log.refresh()
     reasons = [f"step {entry.step}: {entry.reason}" for entry in log.entries if entry.kind == "bad"]
     ever = bool(reasons or log.broken)
-    for commit in reversed(log.commits()):
+    for commit in reversed(list(filter(counts, log.commits()))):
         ever = True
         try:
             data, _ = read_manifest(storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)

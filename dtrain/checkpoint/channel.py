@@ -31,11 +31,11 @@ class Client(Protocol):
     def claim(self) -> int:
         """On rank 0: take the run over. :returns: the epoch. :raises Fenced:"""
 
-    def condemn(self, attempt: str, step: int, reason: str) -> None:
-        """On rank 0: mark a checkpoint as bad."""
+    def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
+        """On rank 0: mark a checkpoint as bad. :param place: see `Saver`."""
 
-    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
-        """Have a snapshot saved. Waits for the save before it, if that is still under way."""
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
+        """Have a snapshot saved, after the save before it if that is still under way. :param place: see `Saver`."""
 
     @property
     def busy(self) -> bool:
@@ -61,12 +61,12 @@ class Remote:
     def claim(self) -> int:
         return int(self._ask("claim"))
 
-    def condemn(self, attempt: str, step: int, reason: str) -> None:
-        self._ask("condemn", attempt=attempt, step=step, reason=reason)
+    def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
+        self._ask("condemn", attempt=attempt, step=step, reason=reason, place=place)
 
-    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         self.wait()
-        message = packed(do="save", snapshot=asdict(snapshot), number=self._begun + 1, metrics=metrics)
+        message = packed(do="save", snapshot=asdict(snapshot), number=self._begun + 1, metrics=metrics, place=place)
         self._begun += 1
         self._outcome = None
         self._board.saving_generation, self._board.saving = self._generation, self._begun
@@ -119,14 +119,14 @@ class Direct:
     def claim(self) -> int:
         return self._saver.claim()
 
-    def condemn(self, attempt: str, step: int, reason: str) -> None:
-        self._saver.condemn(attempt, step, reason)
+    def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
+        self._saver.condemn(attempt, step, reason, place)
 
-    def begin(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+    def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         self.wait()
         self._begun += 1
         self._board.held = snapshot.slot + 1
-        self._outcome = self._saver.save(snapshot, self._begun, metrics)
+        self._outcome = self._saver.save(snapshot, self._begun, metrics, place)
         self._saver.tidy()
 
     @property
@@ -150,9 +150,9 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
         send(end, save=[generation, number], **asdict(outcome))
         board.saving = 0
 
-    def save(snapshot: Snapshot, number: int, metrics: dict[str, float]) -> None:
+    def save(snapshot: Snapshot, number: int, metrics: dict[str, float], place: int) -> None:
         try:
-            outcome = saver.save(snapshot, number, metrics)
+            outcome = saver.save(snapshot, number, metrics, place)
         except Exception as error:  # the store is gone, say
             outcome = Outcome(f"{type(error).__name__}: {error}")
         told(snapshot.generation, number, outcome)
@@ -180,7 +180,7 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
                     if asked <= (board.asked_generation, board.asked):
                         continue  # it was called off before the one that died had even read of it
                     board.asked_generation, board.asked = asked
-                    saving.submit(save, snapshot, message["number"], message["metrics"])
+                    saving.submit(save, snapshot, message["number"], message["metrics"], message["place"])
                 case "over":
                     generation = message["generation"]
                     last = board.asked if board.asked_generation == generation else 0

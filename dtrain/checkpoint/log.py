@@ -53,6 +53,8 @@ class Entry:
     metrics: dict[str, float] = field(default_factory=dict)
     """What the state was measured to be worth, where it was measured."""
     reason: str = ""
+    group: int = 0
+    """In the log of a local folder beside a bucket: the epoch of these savers in the bucket's log."""
     number: int = -1
     """The entry's place in the log; not part of the file, but its name."""
 

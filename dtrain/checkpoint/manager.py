@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,19 +22,21 @@ from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
 from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest, Part
 from dtrain.checkpoint.index import Indexes
-from dtrain.checkpoint.log import Log
+from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.machine import machine
 from dtrain.checkpoint.reader import load_shared, load_tensors
 from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
 from dtrain.checkpoint.writer import shard_name
-from dtrain.errors import Damaged, DtrainError, Fenced, SaveError
+from dtrain.errors import Damaged, DtrainError, Fenced, NoGoodCheckpoint, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.base import Storage
 from dtrain.storage.local import LocalStorage
 
 T = TypeVar("T")
+
+_PLACES = ("storage", "local")
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,17 @@ class Restored:
 
 
 class Manager:
-    """The checkpoints of one run folder, for one generation of ranks.
+    """The checkpoints of one run folder, and of the local folder beside it, for one generation of ranks.
 
+    :param storages: of the two, or of the run folder alone, in the order that the saver knows them in.
     :ivar epoch: the one that this group of savers claimed.
     :ivar stall_s: how long the last snapshot held up the training, in seconds.
     """
 
-    def __init__(self, storage: Storage, client: Client, slots: Slots, snapshots: Snapshots, events: Events) -> None:
-        self._storage = storage
+    def __init__(
+        self, storages: Sequence[Storage], client: Client, slots: Slots, snapshots: Snapshots, events: Events
+    ) -> None:
+        self._storages = storages
         self._client = client
         self._slots = slots
         self._snapshots = snapshots
@@ -70,30 +76,40 @@ class Manager:
     def restore(self, state: State) -> Restored | None:
         """Load the newest state that all ranks can have; None if there is none yet.
 
-        That is the newest snapshot in memory, after the death of a trainer; else the newest good checkpoint. A
-        checkpoint that fails its check on any rank is recorded as bad on all of them, and the one before is taken.
+        That is the newest snapshot in memory, after the death of a trainer; else the newest good checkpoint, the local
+        one of two of the same step. A checkpoint that fails its check on any rank is recorded as bad on all of them,
+        and the one before is taken.
 
         :raises NoGoodCheckpoint: there are commits, and none of them is good.
         :raises StateError: the tracked objects aren't those that were saved.
         """
-        log = Log(self._storage)
-        committed = from_rank_0(functools.partial(self._newest_commit, log))
-        return self._from_memory(state, committed) or self._from_storage(state, log)
+        logs = [Log(storage) for storage in self._storages]
+        committed = from_rank_0(functools.partial(self._newest_commits, logs))
+        return self._from_memory(state, committed) or self._from_storage(state, logs)
 
     def snapshot(self, state: State, step: int, position: dict[str, Any]) -> None:
         """Copy the state into memory. No collective operation."""
         self._take(state, step, position, lambda _: None)
 
-    def save(self, state: State, step: int, position: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self,
+        state: State,
+        step: int,
+        position: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+        *,
+        local: bool = False,
+    ) -> None:
         """Copy the state into memory, and have it saved while the training goes on. No collective operation.
 
         Waits for the save before it, if that is still under way.
 
+        :param local: save to the local folder.
         :raises SaveError: that one has failed; the commit before it stands.
         :raises Fenced: a newer generation has taken the run over.
         """
         self.wait()
-        self._take(state, step, position, lambda snapshot: self._client.begin(snapshot, metrics or {}))
+        self._take(state, step, position, lambda snapshot: self._client.begin(snapshot, metrics or {}, int(local)))
 
     def wait(self) -> None:
         """Wait until all that was to be saved is committed. No collective operation.
@@ -134,15 +150,20 @@ class Manager:
             for key in flatten(state.tree({})[name]["state"])
         }
 
-    def _newest_commit(self, log: Log) -> int:
-        log.refresh()
-        if log.epoch != self.epoch:
+    def _newest_commits(self, logs: list[Log]) -> list[int]:
+        """The step of each place's."""
+        for log in logs:
+            log.refresh()
+        if logs[0].epoch != self.epoch:
             raise Fenced(
-                f"{self._storage.root}: epoch {log.epoch} took over; epoch {self.epoch} is a leftover and stops"
+                f"{self._storages[0].root}: epoch {logs[0].epoch} took over; epoch {self.epoch} is a leftover and stops"
             )
-        return max((entry.step for entry in log.commits()), default=0)
+        counts = _counts(logs[0])
+        return [
+            max((entry.step for entry in log.commits() if log is logs[0] or counts(entry)), default=0) for log in logs
+        ]
 
-    def _from_memory(self, state: State, committed: int) -> Restored | None:
+    def _from_memory(self, state: State, committed: list[int]) -> Restored | None:
         """Load the newest snapshot that all ranks have, unless there is a checkpoint of a later step."""
         mine = {found.key: asdict(found) for found in self._slots.whole()}
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -151,7 +172,7 @@ class Manager:
         if not common or len({where for where, _ in ranks}) > 1:
             return None
         parts = [Snapshot(**theirs[max(common)]) for _, theirs in ranks]
-        if parts[0].step < committed:
+        if parts[0].step < max(committed):
             return None
         metas: list[dict[str, Any]] = []
         problem = on_all_ranks(lambda: metas.extend(part.meta() for part in parts), (Exception,))
@@ -181,34 +202,60 @@ class Manager:
         if dist.get_rank() == 0:
             seconds = time.monotonic() - started
             self._events.emit("restored", step=parts[0].step, seconds=seconds, place="memory")
-        return Restored(parts[0].step, position, parts[0].step == committed)
+        return Restored(parts[0].step, position, parts[0].step == committed[0])
 
     def _forget(self, step: int, problem: str) -> NoReturn:
         """A part of a snapshot may be in the objects already: only a new trainer can begin without it."""
         self._slots.keep(None)
         raise RuntimeError(f"the snapshot of step {step} in memory can't be read, and is forgotten: {problem}")
 
-    def _from_storage(self, state: State, log: Log) -> Restored | None:
-        found_by_rank_0 = candidates(self._storage, log, self._client.condemn)
+    def _from_storage(self, state: State, logs: list[Log]) -> Restored | None:
+        found_by_rank_0 = self._candidates(logs)
         while True:
             found = from_rank_0(lambda: next(found_by_rank_0))
             if found is None:
                 return None
-            commit, data = found
+            place, (commit, data) = found
             manifest = Manifest.from_json(data)
             started = time.monotonic()
             targets = state.targets(manifest)
             folder = f"{CHECKPOINTS}/{commit.attempt}"
             read = load_shared if torch.cuda.is_initialized() else load_tensors
-            problem = on_all_ranks(functools.partial(read, self._storage, folder, manifest, targets), (Damaged,))
+            problem = on_all_ranks(
+                functools.partial(read, self._storages[place], folder, manifest, targets), (Damaged,)
+            )
             if problem:
-                from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem))
+                from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place))
                 continue
             position = state.apply(manifest, targets)
             if dist.get_rank() == 0:
                 seconds = time.monotonic() - started
-                self._events.emit("restored", step=commit.step, seconds=seconds, place="storage")
-            return Restored(commit.step, position, True)
+                self._events.emit("restored", step=commit.step, seconds=seconds, place=_PLACES[place])
+            return Restored(commit.step, position, place == 0)
+
+    def _candidates(self, logs: list[Log]) -> Iterator[tuple[int, tuple[Entry, bytes]] | None]:
+        """The good commits of all places, newest first, each with its place; None if there is none."""
+        near = self._local_candidates(logs)
+        first = next(near, None)
+        try:
+            for far in candidates(self._storages[0], logs[0], self._client.condemn):
+                while first is not None and (far is None or first[0].step >= far[0].step):
+                    yield 1, first
+                    first = next(near, None)
+                yield None if far is None else (0, far)
+        except NoGoodCheckpoint:
+            while first is not None:
+                yield 1, first
+                first = next(near, None)
+            raise
+
+    def _local_candidates(self, logs: list[Log]) -> Iterator[tuple[Entry, bytes]]:
+        for storage, log in zip(self._storages[1:], logs[1:], strict=True):
+            condemn = functools.partial(self._client.condemn, place=1)
+            with suppress(NoGoodCheckpoint):  # there is the other place
+                for found in candidates(storage, log, condemn, _counts(logs[0])):
+                    if found is not None:
+                        yield found
 
 
 class _Memory:
@@ -222,6 +269,15 @@ class _Memory:
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         place = Path(self._files[path])
         LocalStorage(str(place.parent)).read_into(place.name, offset, buffers)
+
+
+def _counts(run: Log) -> Callable[[Entry], bool]:
+    """Whether a local commit counts: it doesn't any more when a later group of savers has committed to the run.
+
+    :param run: the run folder's log.
+    """
+    newest = max((entry.epoch for entry in run.entries if entry.kind == "commit"), default=0)
+    return lambda commit: commit.group >= newest
 
 
 def from_rank_0(work: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ import json
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch.distributed as dist
 from dtrain.checkpoint.agreement import Agreement, Outcome, Report
 from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.format import Part, digest, hash_item
-from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.snapshot import Slots, Snapshot
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
@@ -39,78 +38,88 @@ _LAST = 1 << 40
 class Saver:
     """One rank's.
 
-    :param catalog: used on rank 0 alone.
+    :param catalogs: of the places that are saved to: the run folder, and a local one if there is one. Where something
+        is asked of a place, it is by its number among these. What is in them is used on rank 0 alone.
     :param slots: shared with the trainer.
     """
 
-    def __init__(self, storage: Storage, catalog: Catalog, agreement: Agreement, slots: Slots, events: Events) -> None:
-        self._storage = storage
-        self._catalog = catalog
+    def __init__(self, catalogs: Sequence[Catalog], agreement: Agreement, slots: Slots, events: Events) -> None:
+        self._catalogs = catalogs
         self._agreement = agreement
         self._slots = slots
         self._board = slots.board
         self._events = events
         self._rank = agreement.rank
-        self._indexes = Indexes()
         self._mapped: dict[int, memoryview] = {}
-        self._lock = threading.Lock()  # of the catalog: a claim doesn't wait for a save that is under way
+        self._lock = threading.Lock()  # of the catalogs: a claim doesn't wait for a save that is under way
 
     @classmethod
     def of(cls, config: Config, connect: Callable[[], dist.Store], rank: int, world_size: int, slots: Slots) -> Saver:
         """The saver of a run's rank. :param connect: see `Agreement`."""
-        storage, events = config.storage(), Events(config.local_dir)
+        events = Events(config.local_dir)
         younger_s = Interval.parse(config.keep_for).amount if config.keep_for else None
         keep = Keep(last=config.keep_last, every=config.keep_every, younger_s=younger_s, best=config.keep_best)
-        agreement = Agreement(connect, rank, world_size, config.timeout_s)
-        return cls(storage, Catalog(storage, keep, events), agreement, slots, events)
+        catalogs = [Catalog(config.storage(), keep, events)]
+        if local := config.local_storage():
+            catalogs.append(Catalog(local, Keep(last=config.keep_last), events))
+        return cls(catalogs, Agreement(connect, rank, world_size, config.timeout_s), slots, events)
 
     def claim(self) -> int:
         """On rank 0: take the run over, once for this group of savers. :returns: the epoch.
 
         :raises Fenced: a newer group has taken it over since.
         """
+        run, *local = self._catalogs
         with self._lock:
-            if self._catalog.epoch:
-                self._catalog.log.check()
+            if run.epoch:
+                run.log.check()
             else:
                 # Who takes a dead saver's place goes on with its group's claim, if that is still the newest.
-                self._catalog.claim(after=self._board.epoch or None)
-                self._board.epoch = self._catalog.epoch
-            return self._catalog.epoch
+                run.claim(after=self._board.epoch or None)
+                self._board.epoch = run.epoch
+                for catalog in local:
+                    catalog.claim()
+                    catalog.group = run.epoch
+            return run.epoch
 
-    def condemn(self, attempt: str, step: int, reason: str) -> None:
+    def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         """On rank 0: mark a checkpoint as bad."""
         self.claim()
         with self._lock:
-            self._catalog.condemn(attempt, step, reason)
+            self._catalogs[place].condemn(attempt, step, reason)
 
-    def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float]) -> Outcome:
+    def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float], place: int = 0) -> Outcome:
         """Write one rank's part, and have all of it committed. All ranks' savers must come to it.
 
         :param number: which save of its generation it is, beginning at 1.
         """
         name = save_name(snapshot.generation, number)
+        catalog = self._catalogs[place]
         started = time.monotonic()
         try:
-            lead = self._rank == 0
-            outcome = self._lead(name, snapshot, metrics, started) if lead else self._follow(name, snapshot)
+            if self._rank == 0:
+                outcome = self._lead(name, snapshot, catalog, metrics, started)
+            else:
+                outcome = self._follow(name, snapshot, catalog)
         finally:
             self._board.held = 0
-        if not outcome.error:
+        if not outcome.error and place == 0:
             self._board.committed = snapshot.step
         return outcome
 
     def tidy(self) -> None:
         """On rank 0, after a save that nobody waits for any more: delete the checkpoints that it took the place of."""
-        if self._rank == 0 and self._catalog.epoch:
+        for catalog in self._catalogs:
+            if self._rank != 0 or not catalog.epoch:
+                continue
             try:
                 with self._lock:
-                    retired = self._catalog.retire()
+                    retired = catalog.retire()
                 for attempt in retired:  # without the lock: a new trainer's claim doesn't wait for it
-                    self._catalog.discard(attempt)
+                    catalog.discard(attempt)
             except Exception as error:
                 # What was saved is safe. If this is no passing trouble, the next save meets it as well, and says so.
-                self._events.warn(f"old checkpoints in {self._storage.root} can't be deleted: {_text(error)}")
+                self._events.warn(f"old checkpoints in {catalog.storage.root} can't be deleted: {_text(error)}")
 
     def last(self, timeout_s: float) -> None:
         """Save the newest snapshot that all ranks have, where there is no later checkpoint: no trainer will any more.
@@ -130,7 +139,7 @@ class Saver:
         if self._rank == 0 and (attempt := self._agreement.attempted(name)):
             self.claim()
             with self._lock:
-                if any(entry.attempt == attempt for entry in self._catalog.log.commits()):
+                if any(entry.attempt == attempt for c in self._catalogs for entry in c.log.commits()):
                     outcome = Outcome()  # it died after the commit
         self._agreement.call_off(name, outcome)
         outcome = self._agreement.outcome(name)
@@ -143,18 +152,21 @@ class Saver:
         """Let the other ranks' savers not wait for this one's part of a save."""
         self._agreement.call_off(save_name(generation, number), Outcome(why))
 
-    def _lead(self, name: str, snapshot: Snapshot, metrics: dict[str, float], started: float) -> Outcome:
+    def _lead(
+        self, name: str, snapshot: Snapshot, catalog: Catalog, metrics: dict[str, float], started: float
+    ) -> Outcome:
         """Rank 0's part: its own file, and the commit."""
         attempt = ""
         try:
-            self.claim()
+            if not catalog.epoch:
+                self.claim()
             with self._lock:
-                attempt = self._agreement.attempt(name, self._catalog.new_attempt(snapshot.step))
+                attempt = self._agreement.attempt(name, catalog.new_attempt(snapshot.step))
             if not attempt:
                 return self._agreement.conclude(name, Outcome("it was called off"))
             meta = snapshot.meta()
             try:
-                self._agreement.report(name, *self._write(snapshot, meta, attempt))
+                self._agreement.report(name, *self._write(snapshot, meta, catalog.storage, attempt))
             except Exception as error:
                 raise SaveError(f"rank 0: {_text(error)}") from error
             reports = self._agreement.reports(name)
@@ -164,8 +176,8 @@ class Saver:
                 for rank, (report, (items, _)) in enumerate(zip(reports, self._agreement.layouts(reports), strict=True))
                 if report.size
             ]
-            manifest = self._indexes.write(
-                self._storage,
+            manifest = catalog.indexes.write(
+                catalog.storage,
                 f"{CHECKPOINTS}/{attempt}",
                 parts,
                 step=snapshot.step,
@@ -177,12 +189,12 @@ class Saver:
             self._agreement.decide(name)
         except Exception as error:
             if attempt:
-                self._catalog.discard(attempt)  # a full disk is not made fuller
-            return self._fail(name, error, f"step {snapshot.step} could not be saved")
+                catalog.discard(attempt)  # a full disk is not made fuller
+            return self._fail(name, error, f"step {snapshot.step} could not be saved in {catalog.storage.root}")
         size = sum(part.size for part in parts)
         try:
             with self._lock:
-                self._catalog.commit(
+                catalog.commit(
                     attempt,
                     step=snapshot.step,
                     manifest=manifest,
@@ -192,8 +204,9 @@ class Saver:
                 )
         except Exception as error:
             # The attempt stays where it is: the entry may have got into the log all the same.
-            return self._fail(name, error, f"step {snapshot.step} could not be committed")
-        self._events.emit("committed", step=snapshot.step, seconds=time.monotonic() - started, bytes=size)
+            return self._fail(name, error, f"step {snapshot.step} could not be committed in {catalog.storage.root}")
+        seconds, place = time.monotonic() - started, "storage" if catalog is self._catalogs[0] else "local"
+        self._events.emit("committed", step=snapshot.step, seconds=seconds, bytes=size, place=place)
         return self._agreement.conclude(name, Outcome())
 
     def _fail(self, name: str, error: Exception, what: str) -> Outcome:
@@ -201,21 +214,23 @@ class Saver:
         if isinstance(error, DtrainError):
             outcome = Outcome(str(error), type(error).__name__)
         else:
-            outcome = Outcome(f"{what} in {self._storage.root}: {_text(error)}")
+            outcome = Outcome(f"{what}: {_text(error)}")
         self._events.warn(outcome.error)
         return self._agreement.conclude(name, outcome)
 
-    def _follow(self, name: str, snapshot: Snapshot) -> Outcome:
+    def _follow(self, name: str, snapshot: Snapshot, catalog: Catalog) -> Outcome:
         """Any other rank's part: its own file."""
         try:
             attempt = self._agreement.attempt(name)
             if attempt:
-                self._agreement.report(name, *self._write(snapshot, snapshot.meta(), attempt))
+                self._agreement.report(name, *self._write(snapshot, snapshot.meta(), catalog.storage, attempt))
         except Exception as error:
             self._agreement.report(name, Report(error=_text(error)))
         return self._agreement.outcome(name)
 
-    def _write(self, snapshot: Snapshot, meta: dict[str, Any], attempt: str) -> tuple[Report, str, str]:
+    def _write(
+        self, snapshot: Snapshot, meta: dict[str, Any], storage: Storage, attempt: str
+    ) -> tuple[Report, str, str]:
         """Write this rank's shard file. :returns: what there is to report of it."""
         file = shard_name(self._rank)
         part = Part(file=file, size=snapshot.size, items=meta["items"], digests=b"")
@@ -223,7 +238,7 @@ class Saver:
         if snapshot.size or copies:
             memory = self._memory_of(snapshot)
             with (
-                self._storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}", snapshot.size) as sink,
+                storage.open_new(f"{CHECKPOINTS}/{attempt}/{file}", snapshot.size) as sink,
                 ThreadPoolExecutor(1) as hashing,
             ):
                 digests = hashing.submit(_hash_items, memory, meta["items"])

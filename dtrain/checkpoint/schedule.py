@@ -1,4 +1,4 @@
-"""`Schedule`: what is due after a step: nothing, a snapshot in memory, or a checkpoint.
+"""`Schedule`: what is due after a step: nothing, a snapshot in memory, or a checkpoint, here or there.
 
 One rank decides and tells the others, since clocks differ. What `auto` stands for is worked out from what was measured:
 
@@ -29,7 +29,8 @@ _UNKNOWN_COST_S = 1.0
 class Action(IntEnum):
     NOTHING = 0
     SNAPSHOT = 1
-    SAVE = 2
+    LOCAL_SAVE = 2
+    SAVE = 3
 
 
 class Schedule:
@@ -49,13 +50,16 @@ class Schedule:
         *,
         mtbf_s: float,
         early: Literal["wait", "skip"] = "wait",
+        local_save_every: Interval | None = None,
     ) -> None:
         self._save_every = save_every
         self._snapshot_every = snapshot_every
         self._epoch_after = epoch_after
         self._mtbf_s = mtbf_s
         self._early = early
-        self._saved_at = self._snapped_at = time.monotonic()
+        self._local_save_every = local_save_every
+        self._saved_at = self._local_saved_at = self._snapped_at = time.monotonic()
+        self._local_missed = False
         self._snapped_step = -1
         self._steps: deque[float] = deque(maxlen=20)
         self._stalls: deque[float] = deque(maxlen=5)
@@ -83,17 +87,26 @@ class Schedule:
         self._snapped_step, self._snapped_at = step, time.monotonic()
         self._stalls.append(stall_s)
 
-    def saved(self) -> None:
+    def saved(self, *, local: bool = False) -> None:
         """A checkpoint is on its way: the clock starts again."""
-        self._saved_at = time.monotonic()
-        self._extra_s = 0.0
+        self._local_saved_at = time.monotonic()  # whatever is saved elsewhere needn't be saved here as well
+        self._local_missed = False
+        if not local:
+            self._saved_at = self._local_saved_at
+            self._extra_s = 0.0
 
     def due(self, step: int, *, busy: bool) -> Action:
         """What to do after a step. :param busy: whether a checkpoint is still being written."""
-        if self._save_due(step):
+        if self._passed(self._save_every, self._saved_at, step):
             if not busy or (self._early == "wait" and self._save_every.unit in ("steps", "epochs")):
                 return Action.SAVE
             self.skipped += self._save_every.unit in ("steps", "epochs")
+        if self._local_save_every is not None:
+            # It never waits for an upload: it comes when that is done.
+            due = self._passed(self._local_save_every, self._local_saved_at, step)
+            self._local_missed = self._local_missed or due
+            if self._local_missed and not busy:
+                return Action.LOCAL_SAVE
         return Action.SNAPSHOT if self._snapshot_due(step) else Action.NOTHING
 
     @property
@@ -112,15 +125,15 @@ class Schedule:
             return 1
         return max(1, math.ceil(min(self._stalls) / (SHARE * max(median(self._steps), 1e-9))))
 
-    def _save_due(self, step: int) -> bool:
-        every = self._save_every
+    def _passed(self, every: Interval, since: float, step: int) -> bool:
+        """Whether an interval has. :param since: when it began, for those that go by the clock."""
         if every.unit == "steps":
             return step % int(every.amount) == 0
         if every.unit == "epochs":
             length = int(every.amount)
             return self._epoch_after(step) // length > self._epoch_after(step - 1) // length
         seconds = every.amount if every.unit == "seconds" else self.save_every_s
-        return time.monotonic() - self._saved_at >= seconds
+        return time.monotonic() - since >= seconds
 
     def _snapshot_due(self, step: int) -> bool:
         every = self._snapshot_every

@@ -5,7 +5,6 @@ It ties the loop to everything else: the ranks, the data, the checkpoints, and t
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +17,21 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from dtrain.checkpoint.manager import Manager, from_rank_0
+from dtrain.checkpoint.manager import Manager
 from dtrain.checkpoint.schedule import Action, Schedule
 from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State, bare
 from dtrain.config import SAME_BITS, Config, Interval
 from dtrain.elastic.supervisor import Life
-from dtrain.errors import ConfigError, DataError, UsageError
+from dtrain.errors import DataError, UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
 from dtrain.training.data import Data, Dataset
 from dtrain.training.exchange import Exchange
+from dtrain.training.folder import open_folders
 from dtrain.training.parallel import parallelize, same_buffers
 from dtrain.training.random import set_generators
 from dtrain.training.step import Flags, Step
-
-CONFIG = "config.json"
 
 
 class Run:
@@ -57,12 +55,14 @@ class Run:
         self._wrapped: list[DistributedDataParallel] = []
         self._models: list[nn.Module] = []
         self._exchange = Exchange()
+        local = config.local_save_every
         self._schedule = Schedule(
             Interval.parse(config.save_every),
             Interval.parse(config.snapshot_every, "snapshot_every"),
             self._epoch_after,
             mtbf_s=config.mtbf_hours * 3600,
             early=config.early_save,
+            local_save_every=None if local is None else Interval.parse(local, "local_save_every"),
         )
         self._stop = False
         self._started = False
@@ -72,15 +72,8 @@ class Run:
         self._progress: Progress | None = None
         self._metrics: Metrics | None = None
         config.check_world(self.world_size)
-        self._storage = config.storage()
-        from_rank_0(self._open_folder)
-        try:
-            os.makedirs(config.local_dir, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"local_dir={config.local_dir!r} can't be made ({error.strerror}), which is for events and metrics; "
-                "choose another folder"
-            ) from error
+        self._storages = [config.storage(), *filter(None, [config.local_storage()])]
+        open_folders(config, self._storages)
         self._events = Events(config.local_dir)
         snapshots = Snapshots(
             life.slots,
@@ -91,7 +84,7 @@ class Run:
             spill=config.local_dir,
             say=self._events.warn if self.local_rank == 0 else lambda _: None,
         )
-        self._manager = Manager(self._storage, life.client, life.slots, snapshots, self._events)
+        self._manager = Manager(self._storages, life.client, life.slots, snapshots, self._events)
         set_generators(config.seed, "start")
 
     @property
@@ -188,6 +181,8 @@ class Run:
             match Action(step.totals.action):
                 case Action.SAVE:
                     self._save()
+                case Action.LOCAL_SAVE:
+                    self._local_save()
                 case Action.SNAPSHOT:
                     self._snapshot()
         self.close()
@@ -229,6 +224,13 @@ class Run:
         self._manager.save(self._state, self._done, self._position(), metrics)
         self._saved = self._done
         self._schedule.saved()
+        self._schedule.snapped(self._done, self._manager.stall_s)
+
+    def _local_save(self) -> None:
+        if self._metrics is not None:
+            self._metrics.flush()
+        self._manager.save(self._state, self._done, self._position(), local=True)
+        self._schedule.saved(local=True)
         self._schedule.snapped(self._done, self._manager.stall_s)
 
     def _snapshot(self) -> None:
@@ -325,28 +327,6 @@ class Run:
 
     def _epoch_after(self, step: int) -> int:
         return max((data.epoch_after(step) for data in self._data.values()), default=0)
-
-    def _open_folder(self) -> None:
-        """On rank 0: make the run folder, or see whether it is this run's.
-
-        :raises ConfigError: it can't be written to, or belongs to a run with other options.
-        """
-        self._storage.prepare()
-        mine = {name: getattr(self.config, name) for name in SAME_BITS}
-        try:
-            self._storage.create(CONFIG, json.dumps(mine, indent=1).encode())
-            return
-        except FileExistsError:
-            pass
-        found = json.loads(self._storage.read(CONFIG))
-        differ = [
-            f"{name} was {found.get(name)!r}, is now {mine[name]!r}" for name in mine if found.get(name) != mine[name]
-        ]
-        if differ:
-            raise ConfigError(
-                f"{self.config.dir} belongs to a run with other options: {'; '.join(differ)}. Put them back, or "
-                "choose another folder"
-            )
 
 
 def _checked(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:

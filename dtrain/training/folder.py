@@ -1,0 +1,88 @@
+"""The run folder at the start of a run: made, or found to be this run's. So for the local folder beside a bucket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
+from dtrain.config import SAME_BITS, Config
+from dtrain.errors import ConfigError
+from dtrain.storage.base import Storage
+
+CONFIG = "config.json"
+_RUN = "run"
+"""Among the options: what tells this run from any other."""
+
+
+def open_folders(config: Config, storages: Sequence[Storage]) -> None:
+    """All ranks must reach this.
+
+    :param storages: the run folder, and the local one if checkpoints are made there too.
+    :raises ConfigError: one of them can't be written to or belongs to another run, or a rank doesn't reach it.
+    """
+    run = from_rank_0(partial(_open, config, storages))
+    try:
+        os.makedirs(config.local_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"local_dir={config.local_dir!r} can't be made ({error.strerror}), which is for events and metrics; choose "
+            "another folder"
+        ) from error
+    for storage in storages[1:]:
+        problem = on_all_ranks(partial(_see, storage, run), (OSError, ValueError))
+        if problem:
+            raise ConfigError(
+                f"local_save_every={config.local_save_every!r}: {problem}. All ranks must reach local_dir="
+                f"{config.local_dir!r}; put it on a shared disk, or leave local_save_every out"
+            )
+
+
+def _open(config: Config, storages: Sequence[Storage]) -> str:
+    """On rank 0. :returns: what tells this run from any other."""
+    options = {name: getattr(config, name) for name in SAME_BITS}
+    found = _kept(storages[0], options | {_RUN: uuid.uuid4().hex})
+    differ = [
+        f"{name} was {found.get(name)!r}, is now {value!r}"
+        for name, value in options.items()
+        if found.get(name) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{config.dir} belongs to a run with other options: {'; '.join(differ)}. Put them back, or choose another "
+            "folder"
+        )
+    run = str(found.get(_RUN, ""))
+    for storage in storages[1:]:
+        if _kept(storage, options | {_RUN: run}).get(_RUN) != run:
+            raise ConfigError(
+                f"local_dir={config.local_dir!r} holds the checkpoints of another run than {config.dir}; choose "
+                "another folder, or delete it"
+            )
+    return run
+
+
+def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:
+    """What a folder remembers: these options, if it is new."""
+    storage.prepare()
+    try:
+        storage.create(CONFIG, json.dumps(options, indent=1).encode())
+        return options
+    except FileExistsError:
+        found: dict[str, Any] = json.loads(storage.read(CONFIG))
+        return found
+
+
+def _see(storage: Storage, run: str) -> None:
+    """:raises ValueError: this rank doesn't."""
+    try:
+        seen = json.loads(storage.read(CONFIG)).get(_RUN) == run
+    except FileNotFoundError:
+        seen = False
+    if not seen:
+        raise ValueError(f"{storage.root} on {socket.gethostname()} is not the folder that rank 0 sees")
