@@ -54,9 +54,14 @@ _SILENCE_S = 30.0
 
 
 class Proxy:
-    """See above. :ivar url: what a client is given."""
+    """See above.
 
-    def __init__(self, upstream: str) -> None:
+    :param lag_s: a request takes so much longer, in seconds, as over a network.
+    :ivar url: what a client is given.
+    """
+
+    def __init__(self, upstream: str, lag_s: float = 0.0) -> None:
+        self._lag_s = lag_s
         self._upstream = urlsplit(upstream)
         self._lock = threading.Lock()
         self._fault: Fault | None = None
@@ -135,6 +140,8 @@ class Proxy:
             if self._chance is not None and self._chance[0].random() < self._chance[1]:
                 fault = self._chance[0].choice([kind for kind in FAULTS if kind != "gone"])
             self._done = self._done or fault is not None
+        if self._lag_s:
+            time.sleep(self._lag_s)
         if fault in _CODES:
             self._refuse(client, fault)
             return

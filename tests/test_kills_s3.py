@@ -8,12 +8,14 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import evidence, kills
 from tests.conftest import STEPS, Undisturbed
+from tests.fault_proxy import Proxy
 from tests.jobs import Job, start
 from tests.places import Place
 from tests.s3_server import BUCKET, Server
@@ -21,7 +23,14 @@ from tests.train_job import Options
 
 
 @pytest.fixture
-def options(tmp_path: Path, s3: Server) -> Options:
+def options(tmp_path: Path, s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Options]:
+    """Every request takes some time, as over a network: so there is time to look at what a save has written."""
+    with Proxy(s3.url, lag_s=0.01) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield _options(tmp_path)
+
+
+def _options(tmp_path: Path) -> Options:
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}/run"
     return Options(run=url, local=str(tmp_path / "local"), evidence=str(tmp_path / "evidence"), steps=STEPS)
 

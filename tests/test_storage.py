@@ -258,6 +258,7 @@ def test_a_profile_has_the_credentials(
         ({"aws_secret_access_key": "x"}, "storage_options['aws_secret_access_key']: credentials don't belong into"),
         ({"colour": "red"}, "storage_options['colour'] is unknown; there are: client, endpoint_url, region, profile"),
         ({"client": "curl"}, "storage_options['client']='curl' must be one of obstore, s3fs"),
+        ({"timeout_s": "1m"}, "storage_options['timeout_s']='1m' must be a number of seconds above zero"),
         ({"endpoint_url": "http://me:mine@host"}, "storage_options['endpoint_url'] must not hold a user's name"),
     ],
 )

@@ -8,6 +8,7 @@ their place in every save.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,15 @@ from functools import lru_cache
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem
 
 from dtrain.checkpoint.format import digest, json_text, tensors_to_json
 from dtrain.checkpoint.tree import dtype_name
+
+_SMALL_BYTES = 64 << 10
+"""Boxes of less come first, by size: whoever needs just these, such as the step counts that an optimizer keeps for each
+parameter, finds them in one place."""
 
 ALIGN = 64
 """Tensors' bytes begin at a multiple of this, in the file and in memory, as in `torch.save`."""
@@ -58,7 +64,8 @@ class Layout:
     """See above.
 
     :param items: what this rank writes, as DCP plans it; tensors only.
-    :ivar places: of the tensors, in the order of the items.
+    :ivar places: of the tensors, as they follow each other in the file.
+    :ivar indices: DCP's names for them, in the same order.
     :ivar size: of the file, in bytes.
     :ivar items: JSON text of the manifest's items.
     :ivar tensors: JSON text of the types and whole shapes of the tensors that this rank writes a part of.
@@ -67,17 +74,21 @@ class Layout:
 
     def __init__(self, items: Iterable[WriteItem]) -> None:
         self.places: list[Place] = []
+        self.indices: list[MetadataIndex] = []
         shapes: dict[str, tuple[str, Sequence[int]]] = {}
-        offset = 0
+        boxes: list[tuple[int, WriteItem, TensorWriteData]] = []
         for item in items:
             data = item.tensor_data
             assert data is not None
-            dtype = data.properties.dtype
-            sizes = tuple(data.chunk.sizes)
+            shapes[item.index.fqn] = (dtype_name(data.properties.dtype), tuple(data.size))
+            boxes.append((data.properties.dtype.itemsize * math.prod(data.chunk.sizes), item, data))
+        offset = 0
+        for size, item, data in sorted(boxes, key=lambda box: min(box[0], _SMALL_BYTES)):
+            dtype, sizes = data.properties.dtype, tuple(data.chunk.sizes)
             frame = frame_of(dtype, sizes)
-            length = len(frame.head) + len(frame.tail) + dtype.itemsize * torch.Size(sizes).numel()
+            length = len(frame.head) + len(frame.tail) + size
             self.places.append(Place(item.index.fqn, offset, length, frame, dtype, tuple(data.chunk.offsets), sizes))
-            shapes[item.index.fqn] = (dtype_name(dtype), tuple(data.size))
+            self.indices.append(item.index)
             offset += length + -length % ALIGN
         self.size = offset
         self.items = json_text(

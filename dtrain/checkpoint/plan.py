@@ -7,7 +7,6 @@ from names, sizes and the number of ranks alone. So there is no planning that gr
 from __future__ import annotations
 
 import heapq
-import math
 import zlib
 from collections.abc import Mapping
 
@@ -18,30 +17,21 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dtrain.errors import StateError
 
-_SMALL_BYTES = 64 << 10
-
 
 def local_items(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> list[WriteItem]:
-    """What this rank writes of the state, small parts first: whoever needs just these finds them in one place.
+    """What this rank writes of the state.
 
     :param tensors: by name, the same names on all ranks in any order. A plain tensor is the same on all ranks; a
         DTensor is this rank's part of one.
     :raises StateError: a tensor holds sums that are still to be added up over the ranks.
     """
     turns = owners({name: t for name, t in tensors.items() if not isinstance(t, DTensor)}, world_size)
-    items = [
+    return [
         item
         for name, tensor in tensors.items()
         if (_writes_shard(name, tensor) if isinstance(tensor, DTensor) else turns[name] == rank)
         for item in dcp_helpers._create_write_items(name, tensor)
     ]
-    return sorted(items, key=lambda item: min(_bytes_of(item), _SMALL_BYTES))
-
-
-def _bytes_of(item: WriteItem) -> int:
-    data = item.tensor_data
-    assert data is not None
-    return data.properties.dtype.itemsize * math.prod(data.chunk.sizes)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ class Writer(StorageWriter):
         if plan.items:
             layout = Layout(item for item in plan.items if item.type != WriteItemType.BYTE_IO)
             data = {item.index: planner.resolve_data(item) for item in plan.items}
-            tensors = [tensor for tensor in data.values() if isinstance(tensor, torch.Tensor)]
+            tensors = [tensor for index in layout.indices if isinstance(tensor := data[index], torch.Tensor)]
             copies = {index.fqn: copy.getvalue() for index, copy in data.items() if isinstance(copy, io.BytesIO)}
             name = shard_name(self._rank)
             with self._storage.open_new(f"{self._folder}/{name}") as sink:

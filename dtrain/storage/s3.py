@@ -375,6 +375,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in OPTIONS:
             raise ConfigError(f"storage_options[{name!r}] is unknown; there are: {', '.join(OPTIONS)}")
+        if name == "timeout_s" and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
+            raise ConfigError(f"storage_options['timeout_s']={value!r} must be a number of seconds above zero")
         if name == "endpoint_url" and "@" in urlsplit(str(value)).netloc:
             raise ConfigError("storage_options['endpoint_url'] must not hold a user's name or password")
     return dict(options)
