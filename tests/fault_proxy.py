@@ -54,20 +54,16 @@ _SILENCE_S = 30.0
 
 
 class Proxy:
-    """See above.
+    """See above. :ivar url: what a client is given."""
 
-    :param lag_s: a request takes so much longer, in seconds, as over a network.
-    :ivar url: what a client is given.
-    """
-
-    def __init__(self, upstream: str, lag_s: float = 0.0) -> None:
-        self._lag_s = lag_s
+    def __init__(self, upstream: str) -> None:
         self._upstream = urlsplit(upstream)
         self._lock = threading.Lock()
         self._fault: Fault | None = None
         self._at = 0
         self._asked: list[str] = []
         self._done = False
+        self._ending = ""
         self._chance: tuple[random.Random, float] | None = None
         self._closing = threading.Event()
         self._released = threading.Event()
@@ -121,6 +117,12 @@ class Proxy:
         with self._lock:
             self._chance = dice, share
 
+    def hold_next(self, ending: str) -> None:
+        """Hold the next PUT to a path that ends so."""
+        self.arm()
+        with self._lock:
+            self._ending = ending
+
     def release(self) -> None:
         """Let the request that is held go on to the server."""
         self._released.set()
@@ -129,6 +131,7 @@ class Proxy:
         """:returns: method and path of each request since `arm`, and whether the fault has come to pass."""
         with self._lock:
             self._fault = self._chance = None
+            self._ending = ""
             return self._asked, self._done
 
     def _handle(self, client: BaseHTTPRequestHandler) -> None:
@@ -139,9 +142,9 @@ class Proxy:
             fault = self._fault if number == self._at or (self._fault == "gone" and number > self._at > 0) else None
             if self._chance is not None and self._chance[0].random() < self._chance[1]:
                 fault = self._chance[0].choice([kind for kind in FAULTS if kind != "gone"])
+            if self._ending and client.command == "PUT" and urlsplit(client.path).path.endswith(self._ending):
+                fault, self._ending = "held", ""
             self._done = self._done or fault is not None
-        if self._lag_s:
-            time.sleep(self._lag_s)
         if fault in _CODES:
             self._refuse(client, fault)
             return
