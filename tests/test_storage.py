@@ -149,6 +149,25 @@ def test_an_upload_that_its_writer_gives_up_leaves_nothing(storage: Storage, s3:
     assert unfinished(s3, storage.root) == []
 
 
+def test_an_upload_takes_no_second_copy(s3: Server) -> None:
+    """It goes from the memory that it is given, part by part."""
+    data = memoryview(bytearray(os.urandom(1 << 20) * 384))
+    storage = storage_at(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    storage.create("warm", b"the client is there")
+    before = peak_kib()
+    with storage.open_new("file", data.nbytes) as sink:
+        for start in range(0, data.nbytes, 32 << 20):
+            sink.write(data[start : start + (32 << 20)])
+    assert storage.files(".")["file"].bytes == data.nbytes
+    assert peak_kib() - before < 192 << 10, "eight parts, and some"
+
+
+def peak_kib() -> int:
+    """The most memory that this process has had, in KiB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1])
+
+
 def test_an_upload_in_many_small_parts_is_whole(storage: Storage) -> None:
     data = written(storage, "file", *(os.urandom(size) for size in range(1, 2000)))
     assert storage.read("file") == data
