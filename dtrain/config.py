@@ -172,7 +172,10 @@ class Config:
     def __post_init__(self) -> None:
         if not isinstance(self.dir, str | Path) or not str(self.dir):
             raise ConfigError(f"dir={self.dir!r} must be the path of a folder")
+        if is_remote(self.local_dir):
+            raise ConfigError(f"local_dir={self.local_dir!r} must be a folder of this machine")
         if is_remote(self.dir):
+            storage_at(self.dir)
             object.__setattr__(self, "dir", str(self.dir).rstrip("/"))
             local = self.local_dir or _STATE / "/".join(part for part in self.dir.split("/") if part).replace(":", "")
             object.__setattr__(self, "local_dir", str(Path(local).expanduser().absolute()))
@@ -186,6 +189,7 @@ class Config:
             if self.storage_options:
                 names = ", ".join(self.storage_options)
                 raise ConfigError(f"storage_options ({names}) are for a dir that is an URL; leave them out")
+            storage_at(self.dir)
             object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
             object.__setattr__(self, "local_dir", self.dir)
         self.storage()  # an option that can't be right is found here

@@ -276,6 +276,34 @@ def test_a_process_killed_in_the_middle_of_an_append_leaves_no_entry_in_part(sto
     assert reader.epoch == 15
 
 
+def test_a_claim_of_its_own_whose_answer_got_lost_fences_nobody_out(storage: LocalStorage) -> None:
+    first = Log(storage).claim(time.time(), "ours")
+    Log(storage).claim(time.time(), "ours")  # nobody was told of it
+    assert Log(storage).claim(time.time(), "ours", after=first.epoch).epoch == 3
+    Log(storage).claim(time.time(), "theirs")
+    with pytest.raises(Fenced):
+        Log(storage).claim(time.time(), "ours", after=3)
+
+
+def test_what_can_not_be_cleared_away_does_not_hold_up_a_claim(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = Catalog(storage, Keep(last=2), Events(storage.root))
+    catalog.claim()
+
+    def broken(*_: object) -> list[str]:
+        raise OSError("the network is gone")
+
+    other = Catalog(storage, Keep(last=2), Events(storage.root))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "half_made", broken)
+        other.claim()
+    assert other.epoch == 2
+    other.new_attempt(1)
+    with pytest.raises(Fenced):
+        catalog.new_attempt(1)
+
+
 def test_a_claim_deletes_old_halves_and_leaves_those_of_the_living(storage: LocalStorage) -> None:
     log = claimed(storage)
     folder = Path(storage.root) / FOLDER

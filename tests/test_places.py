@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dtrain.checkpoint.schedule import Action, Schedule
 from dtrain.config import Config, Interval
 from dtrain.errors import ConfigError, NoGoodCheckpoint
 from dtrain.observe.events import EVENTS, read_lines
+from dtrain.storage.local import LocalStorage
 from dtrain.storage.places import storage_at
 from tests import evidence, kills
 from tests.conftest import STEPS, Undisturbed
@@ -178,6 +180,41 @@ def test_nothing_good_in_both_places_is_an_error(tmp_path: Path, s3: Server) -> 
             trained(root, local, 6)
 
     alone(work)
+
+
+def test_bad_ones_here_and_none_there_is_an_error_too(tmp_path: Path, s3: Server) -> None:
+    root, local = folders(tmp_path)
+
+    def crash() -> None:
+        with pytest.raises(ZeroDivisionError):
+            train(root, 9, save_every=100, local_save_every=2, local_dir=str(local), seen=fails_at(5))
+
+    alone(crash)
+    assert (steps_of(root), steps_of(local)) == ([], [2, 4])
+    for step in (2, 4):
+        damage(local, step)
+
+    def work() -> None:
+        with pytest.raises(NoGoodCheckpoint):
+            trained(root, local, 9)
+
+    alone(work)
+
+
+def test_a_full_local_disk_is_no_hindrance(tmp_path: Path, s3: Server) -> None:
+    root, local = folders(tmp_path)
+
+    def work() -> dict[str, torch.Tensor]:
+        def full(*_: Any, **__: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        with mock.patch.object(LocalStorage, "open_new", full):
+            return train(root, 6, save_every=3, local_save_every=2, local_dir=str(local))
+
+    assert same(alone(work), alone(lambda: train(tmp_path / "calm", 6)))
+    assert (steps_of(root), steps_of(local)) == ([3, 6], [])
+    warned = [line["message"] for line in read_lines(local / EVENTS) if line["event"] == "warning"]
+    assert f"step 2 could not be saved in {local}: rank 0: [Errno 28] No space left on device" in warned
 
 
 def test_all_ranks_have_to_see_the_folder(tmp_path: Path, s3: Server) -> None:

@@ -15,13 +15,18 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 import dtrain
-from dtrain.errors import ConfigError
+from dtrain.checkpoint import Reader, Writer
+from dtrain.errors import ConfigError, NoGoodCheckpoint
 from dtrain.storage.base import Storage
 from dtrain.storage.filesystem import FilesystemStorage
 from dtrain.storage.places import storage_at
+from tests.fault_proxy import Fault, Proxy
 from tests.s3_server import BUCKET, Server, rclone
 
 pytestmark = pytest.mark.own_process
@@ -149,6 +154,28 @@ def test_an_upload_that_its_writer_gives_up_leaves_nothing(storage: Storage, s3:
     assert unfinished(s3, storage.root) == []
 
 
+@pytest.mark.parametrize("fault", ["reset", "no answer", "lost reply", "503", "409", "412"])
+def test_a_creation_is_tried_again_until_it_is_known_what_came_of_it(s3: Server, fault: Fault) -> None:
+    with Proxy(s3.url) as proxy:
+        storage = storage_at(f"s3://{BUCKET}/{uuid.uuid4().hex}", {"endpoint_url": proxy.url, "timeout_s": 3})
+        proxy.arm(fault, 1)
+        storage.create("log/0", b"ours")
+        assert proxy.disarm()[1], "the fault has come to pass"
+        assert storage.read("log/0") == b"ours"
+
+
+def test_a_checkpoint_without_a_run_is_read_by_its_own_url(s3: Server) -> None:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    state = {"a": torch.arange(5.0)}
+    writer = Writer(url, "step-7", state, step=7)
+    dcp.save(writer.state_dict, storage_writer=writer, planner=DefaultSavePlanner(flatten_state_dict=False))
+    found = {"a": torch.zeros(5)}
+    dcp.load(found, storage_reader=Reader.open(f"{url}/step-7"))
+    assert torch.equal(found["a"], state["a"])
+    with pytest.raises((ConfigError, NoGoodCheckpoint), match="neither a run nor a checkpoint"):
+        Reader.open(f"{url}/step-8")
+
+
 def test_an_upload_takes_no_second_copy(s3: Server) -> None:
     """It goes from the memory that it is given, part by part."""
     data = memoryview(bytearray(os.urandom(1 << 20) * 384))
@@ -272,13 +299,30 @@ def test_a_profile_has_the_credentials(
 
 
 @pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s3:/bucket/x", "dir='s3:/bucket/x' has one slash where an URL has two: 's3://bucket/x'"),
+        ("s3://", "dir='s3://' must be like s3://bucket/prefix"),
+        ("s3://bucket/../x", "dir='s3://bucket/../x' must be like s3://bucket/prefix"),
+        ("s3://bucket//x", "dir='s3://bucket//x' must be like s3://bucket/prefix"),
+        ("s3://me:mine@bucket/x", "an s3:// URL must not hold a user's name or password"),
+    ],
+)
+def test_a_place_that_can_not_be_right_is_named(place: str, message: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        dtrain.Config(dir=place, global_batch=1, micro_batch=1)
+    assert str(found.value).startswith(message)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"aws_secret_access_key": "x"}, "storage_options['aws_secret_access_key']: credentials don't belong into"),
         ({"colour": "red"}, "storage_options['colour'] is unknown; there are: client, endpoint_url, region, profile"),
         ({"client": "curl"}, "storage_options['client']='curl' must be one of obstore, s3fs"),
         ({"timeout_s": "1m"}, "storage_options['timeout_s']='1m' must be a number of seconds above zero"),
-        ({"endpoint_url": "http://me:mine@host"}, "storage_options['endpoint_url'] must not hold a user's name"),
+        ({"endpoint_url": "http://me:mine@host"}, "the endpoint's URL must not hold a user's name or password"),
+        ({"endpoint_url": "localhost:9000"}, "endpoint_url='localhost:9000' must be like https://host or http://host"),
     ],
 )
 def test_an_option_that_can_not_be_right_is_named(options: dict[str, str], message: str) -> None:

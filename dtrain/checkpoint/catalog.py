@@ -42,12 +42,16 @@ class Catalog:
         """The epoch that was claimed; 0 before."""
         self.group = 0
 
-    def claim(self, *, after: int | None = None) -> None:
-        """Take the run over from any earlier generation, and clear away what it left unfinished.
+    def claim(self, *, nonce: str = "", after: int | None = None) -> None:
+        """Take the run over from any earlier generation. :param nonce: and `after`: see `Log.claim`."""
+        self.epoch = self.log.claim(time.time(), nonce or uuid.uuid4().hex[:8], after=after).epoch
+        try:
+            self._clear_away()
+        except OSError as error:
+            self._events.warn(f"{self.storage.root}: what is left over can't be deleted now: {error}")
 
-        :param after: see `Log.claim`.
-        """
-        claim = self.log.claim(time.time(), uuid.uuid4().hex[:8], after=after)
+    def _clear_away(self) -> None:
+        """What earlier generations left unfinished."""
         for broken in self.log.broken:
             self._events.warn(f"{self.storage.root}/{broken}: passed over")
         if not isinstance(self.storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
@@ -58,9 +62,8 @@ class Catalog:
         for name in self.storage.names(CHECKPOINTS):
             # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
             # And none at all while an entry can't be read, since that may be the commit of any of them.
-            if name not in whole and 0 <= epoch_of(name) < claim.epoch and not self.log.broken:
+            if name not in whole and 0 <= epoch_of(name) < self.epoch and not self.log.broken:
                 self.discard(name)
-        self.epoch = claim.epoch
 
     def new_attempt(self, step: int) -> str:
         """A folder for one more try to save a step. :raises Fenced: a newer generation has taken the run over."""

@@ -70,7 +70,7 @@ class Remote:
         self._begun += 1
         self._outcome = None
         self._board.saving_generation, self._board.saving = self._generation, self._begun
-        self._board.held = snapshot.slot + 1
+        self._board.held, self._board.place = snapshot.slot + 1, place
         self._end.send(message)
 
     @property

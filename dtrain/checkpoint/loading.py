@@ -154,7 +154,7 @@ def find(source: str | os.PathLike[str], step: int | None = None) -> Source:
 def _find(path: str | os.PathLike[str], step: int | None) -> Source:
     """:raises NoGoodCheckpoint: also in place of `Damaged`, which is for what is found while tensors are read."""
     steps: list[int | None] = [step]
-    if step is None and (is_remote(path) or (Path(path) / FOLDER).is_dir()):
+    if step is None and (FOLDER in storage_at(path).names(".") if is_remote(path) else (Path(path) / FOLDER).is_dir()):
         log = Log(storage_at(path))
         log.refresh()
         steps = [commit.step for commit in reversed(log.commits())]

@@ -108,12 +108,14 @@ class Log:
     def claim(self, time: float, nonce: str, *, after: int | None = None) -> Entry:
         """Take the run over: from now on, no earlier generation can add to the log.
 
+        :param nonce: who claims. Another claim of its own, one whose answer got lost say, is no hindrance.
         :param after: the epoch that has to be the newest one still; None takes the run over from any.
         :raises Fenced: it is no more.
         """
         while True:
             self.refresh()
-            if after is not None and self.epoch != after:
+            newest = next((entry for entry in reversed(self.entries) if entry.kind == "claim"), None)
+            if after is not None and self.epoch != after and newest is not None and newest.nonce != nonce:
                 raise Fenced(
                     f"{self._storage.root}: epoch {self.epoch} took over; epoch {after} is a leftover and stops "
                     "without writing any more"

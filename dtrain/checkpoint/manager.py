@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -68,6 +68,7 @@ class Manager:
         self._events = events
         self.epoch = 0
         self.stall_s = 0.0
+        self._local_problem: Exception | None = None
 
     def claim(self) -> None:
         """Take the run over from any earlier group of savers."""
@@ -221,11 +222,12 @@ class Manager:
             targets = state.targets(manifest)
             folder = f"{CHECKPOINTS}/{commit.attempt}"
             read = load_shared if torch.cuda.is_initialized() else load_tensors
-            problem = on_all_ranks(
-                functools.partial(read, self._storages[place], folder, manifest, targets), (Damaged,)
-            )
+            expected = (Damaged, OSError) if place else (Damaged,)  # the run can do without a local one
+            problem = on_all_ranks(functools.partial(read, self._storages[place], folder, manifest, targets), expected)
             if problem:
-                from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place))
+                condemn = functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place)
+                with suppress(OSError) if place else nullcontext():
+                    from_rank_0(condemn)
                 continue
             position = state.apply(manifest, targets)
             if dist.get_rank() == 0:
@@ -242,6 +244,8 @@ class Manager:
                 while first is not None and (far is None or first[0].step >= far[0].step):
                     yield 1, first
                     first = next(near, None)
+                if far is None and self._local_problem is not None:
+                    raise self._local_problem
                 yield None if far is None else (0, far)
         except NoGoodCheckpoint:
             while first is not None:
@@ -252,10 +256,13 @@ class Manager:
     def _local_candidates(self, logs: list[Log]) -> Iterator[tuple[Entry, bytes]]:
         for storage, log in zip(self._storages[1:], logs[1:], strict=True):
             condemn = functools.partial(self._client.condemn, place=1)
-            with suppress(NoGoodCheckpoint):  # there is the other place
+            try:
                 for found in candidates(storage, log, condemn, _counts(logs[0])):
                     if found is not None:
                         yield found
+            except (NoGoodCheckpoint, OSError) as error:  # there is the other place
+                self._local_problem = error
+                self._events.warn(str(error))
 
 
 class _Memory:

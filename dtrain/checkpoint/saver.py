@@ -26,7 +26,7 @@ from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.snapshot import Slots, Snapshot
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.config import Config, Interval
-from dtrain.errors import DtrainError, SaveError
+from dtrain.errors import DtrainError, Fenced, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.base import Sink, Storage
 
@@ -75,11 +75,12 @@ class Saver:
                 run.log.check()
             else:
                 # Who takes a dead saver's place goes on with its group's claim, if that is still the newest.
-                run.claim(after=self._board.epoch or None)
+                run.claim(nonce=f"{self._board.group:016x}", after=self._board.epoch or None)
                 self._board.epoch = run.epoch
-                for catalog in local:
+            for catalog in local:
+                catalog.group = run.epoch
+                if not catalog.epoch:
                     catalog.claim()
-                    catalog.group = run.epoch
             return run.epoch
 
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
@@ -105,7 +106,7 @@ class Saver:
             self._board.held = 0
         if not outcome.error and place == 0:
             self._board.committed = snapshot.step
-        return outcome
+        return _of_place(outcome, place)
 
     def tidy(self) -> None:
         """On rank 0, after a save that nobody waits for any more: delete the checkpoints that it took the place of."""
@@ -143,10 +144,11 @@ class Saver:
                     outcome = Outcome()  # it died after the commit
         self._agreement.call_off(name, outcome)
         outcome = self._agreement.outcome(name)
-        if not outcome.error and self._board.held:
+        place = self._board.place
+        if not outcome.error and self._board.held and place == 0:
             self._board.committed = self._board.slots[self._board.held - 1].step
         self._board.held = 0
-        return outcome
+        return _of_place(outcome, place)
 
     def call_off(self, generation: int, number: int, why: str) -> None:
         """Let the other ranks' savers not wait for this one's part of a save."""
@@ -287,6 +289,11 @@ class Saver:
                     f"the plain values of {', '.join(differ)} differ between ranks 0 and {rank}, and a checkpoint has "
                     "room for one: track what is the same on all ranks, or what has a key for each rank"
                 )
+
+
+def _of_place(outcome: Outcome, place: int) -> Outcome:
+    """What a trainer is told. Where a local folder can't be written, it has been said, and the run does without."""
+    return Outcome() if place and outcome.kind != Fenced.__name__ else outcome
 
 
 def save_name(generation: int, number: int) -> str:

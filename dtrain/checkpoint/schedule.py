@@ -59,7 +59,7 @@ class Schedule:
         self._early = early
         self._local_save_every = local_save_every
         self._saved_at = self._local_saved_at = self._snapped_at = time.monotonic()
-        self._local_missed = False
+        self._local_missed = self._local_under_way = False
         self._snapped_step = -1
         self._steps: deque[float] = deque(maxlen=20)
         self._stalls: deque[float] = deque(maxlen=5)
@@ -73,6 +73,8 @@ class Schedule:
         :param seconds: it took, without what came after it.
         :param saving: whether a checkpoint was being written beside it.
         """
+        if saving and self._local_under_way:
+            return  # what it costs is nothing to go by for an upload
         if saving:
             usual = median(self._steps) if self._steps else seconds
             self._extra_s = (self._extra_s or 0.0) + max(0.0, seconds - usual)
@@ -90,7 +92,7 @@ class Schedule:
     def saved(self, *, local: bool = False) -> None:
         """A checkpoint is on its way: the clock starts again."""
         self._local_saved_at = time.monotonic()  # whatever is saved elsewhere needn't be saved here as well
-        self._local_missed = False
+        self._local_missed, self._local_under_way = False, local
         if not local:
             self._saved_at = self._local_saved_at
             self._extra_s = 0.0

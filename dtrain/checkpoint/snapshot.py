@@ -17,6 +17,7 @@ import ctypes
 import json
 import mmap
 import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -62,6 +63,8 @@ class Board(ctypes.Structure):
     held: 1 + the slot that is being saved, which nobody may write to; 0 if none
     committed: the step of the last commit
     epoch: the one that this group of savers claimed; 0 before
+    group: tells it from any other
+    place: that the snapshot is being saved to, see `Saver`
     """
 
     _fields_ = (
@@ -73,6 +76,8 @@ class Board(ctypes.Structure):
         ("held", ctypes.c_int64),
         ("committed", ctypes.c_int64),
         ("epoch", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("place", ctypes.c_int64),
     )
 
     saving: int
@@ -82,6 +87,8 @@ class Board(ctypes.Structure):
     held: int
     committed: int
     epoch: int
+    group: int
+    place: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +123,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.board = Board.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))
+        self.board.group = secrets.randbits(62)
         self._owner = os.getpid()
         self._memory = [os.memfd_create(f"dtrain-slot-{index}", os.MFD_CLOEXEC) for index in range(SLOTS)]
 

@@ -169,8 +169,7 @@ def open_source(path: str | os.PathLike[str], *, step: int | None = None, name: 
     :raises StateError: it holds what can't be read without running code.
     """
     if is_remote(path):
-        run, _, attempt = os.fspath(path).rstrip("/").rpartition(f"/{CHECKPOINTS}/")
-        return _of_attempt(run, attempt) if run and step is None else _of_run(os.fspath(path), step)
+        return _of_url(os.fspath(path).rstrip("/"), step)
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} doesn't exist")
@@ -198,6 +197,19 @@ def open_source(path: str | os.PathLike[str], *, step: int | None = None, name: 
             place=str(path), kind="safetensors", storage=LocalStorage(str(path.parent)), folder=".", manifest=manifest
         )
     return _of_torch_save(path, name)
+
+
+def _of_url(url: str, step: int | None) -> Source:
+    run, _, attempt = url.rpartition(f"/{CHECKPOINTS}/")
+    if run and step is None:
+        return _of_attempt(run, attempt)
+    storage = storage_at(url)
+    if FOLDER in storage.names("."):
+        return _of_run(url, step)
+    if MANIFEST in storage.files("."):
+        manifest = Manifest.from_json(storage.read(MANIFEST))
+        return Source(place=url, kind="checkpoint", storage=storage, folder=".", manifest=manifest)
+    raise ConfigError(f"{url} is neither a run nor a checkpoint; of other weights dtrain reads files on a disk only")
 
 
 def _of_run(path: str, step: int | None) -> Source:

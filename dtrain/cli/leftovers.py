@@ -105,6 +105,8 @@ def _leftovers(storage: Storage, log: Log) -> Iterator[_Leftover]:
             partial(storage.remove, path),
         )
     for half in storage.half_made():
-        attempt = half.path.removeprefix(f"{CHECKPOINTS}/").partition("/")[0]
-        if epoch_of(attempt) < log.epoch:
+        folder, _, rest = half.path.partition("/")
+        # In a bucket there may be other people's uploads, and those of runs that lie further down.
+        older = folder == CHECKPOINTS and 0 <= epoch_of(rest.partition("/")[0]) < log.epoch
+        if older or not isinstance(storage, Distant):
             yield _Leftover(half.path, half.bytes, half.changed, "half-made", half.remove)

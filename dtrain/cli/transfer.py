@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,6 +164,8 @@ class Export:
     def run(self) -> int:
         if self.shard_gb <= 0:
             raise ConfigError(f"--shard-gb {self.shard_gb}: give a size above 0")
+        if re.match(r"\w+:/", str(self.destination)):
+            raise ConfigError(f"{self.destination}: an export goes to a disk; copy it from there")
         source = open_source(self.source, step=self.step, name=self.object)
         started = time.monotonic()
         size = _bytes_of(source, "" if self.all else self.object)

@@ -11,7 +11,7 @@ import datetime
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dtrain.errors import ConfigError
@@ -27,12 +27,12 @@ class FilesystemStorage(ObjectStorage):
     """See `Storage`.
 
     :param root: an URL that fsspec understands.
-    :param options: for the file system's own constructor.
+    :param options: called for what the file system's own constructor is given, when it is opened.
     """
 
-    def __init__(self, root: str, options: Mapping[str, Any], *, unsafe_commit: bool = False) -> None:
+    def __init__(self, root: str, options: Callable[[], Mapping[str, Any]], *, unsafe_commit: bool = False) -> None:
         super().__init__(root, unsafe_commit=unsafe_commit)
-        self._options = dict(options)
+        self._options = options
         self._opened: Any = None
 
     def read(self, path: str) -> bytes:
@@ -128,7 +128,7 @@ class FilesystemStorage(ObjectStorage):
             if self._opened is None:
                 import fsspec
 
-                options = {"skip_instance_cache": True, "use_listings_cache": False} | self._options
+                options = {"skip_instance_cache": True, "use_listings_cache": False, **self._options()}
                 try:
                     self._opened = fsspec.filesystem(self.root.partition("://")[0], **options)
                 except (ImportError, ValueError) as error:
@@ -151,9 +151,8 @@ class FilesystemStorage(ObjectStorage):
 
 def for_s3fs(options: Mapping[str, Any]) -> dict[str, Any]:
     """What stands for dtrain's own options with s3fs."""
-    from dtrain.storage.s3 import addressed, checked
+    from dtrain.storage.s3 import addressed
 
-    options = checked(options)
     where = addressed(options)
     style = {"s3": {"addressing_style": "path" if where["path_style"] else "auto"}}
     retries = {"retries": {"max_attempts": 8, "mode": "standard"}}

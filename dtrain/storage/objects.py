@@ -34,6 +34,8 @@ class ObjectStorage(ABC):
 
     read_bytes = 32 << 20
     reads_at_once = 8
+    patience_s = 180.0
+    """For how long something is tried again."""
 
     def __init__(self, root: str, *, unsafe_commit: bool = False) -> None:
         self.root = root.rstrip("/")
@@ -48,16 +50,15 @@ class ObjectStorage(ABC):
         probe = f".probe.{uuid.uuid4().hex}"
         try:
             self._create_or_find(probe, b"first")
-            refusal: OSError | None = None
             try:
-                self._put_new(probe, b"second")
-            except OSError as error:
-                refusal = error
-            kept = self.read(probe) == b"first"
+                self._create_or_find(probe, b"second")
+                refused = False
+            except FileExistsError:
+                refused = self.read(probe) == b"first"
             self._delete(probe)
         except OSError as error:
             raise ConfigError(f"dir={self.root!r} can't be used: {error}") from error
-        if (kept and refusal is not None) or self._unsafe:
+        if refused or self._unsafe:
             return
         raise ConfigError(
             f"dir={self.root!r}: what is behind it has overwritten a file that was to be created only if it wasn't "
@@ -111,23 +112,26 @@ class ObjectStorage(ABC):
     def _create_or_find(self, path: str, data: bytes) -> None:
         """:raises FileExistsError: somebody else's is there."""
         inside(path, self.root)
+        deadline = time.monotonic() + self.patience_s
         for tried in range(_TRIES):
             try:
                 self._put_new(path, data)
                 return
+            except PermissionError:
+                raise
             except OSError as error:
                 failure = error
             try:
                 found = self._find(path)
             except OSError:
-                raise failure from None
+                found = None
             if found == data:
                 return
             if found is not None:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.place(path))
-            if not isinstance(failure, FileExistsError):
+            # It isn't there, or nobody knows. If it gets there late, the next try finds it.
+            if time.monotonic() > deadline:
                 break
-            # Somebody else was at it at the same moment (409), and may have failed.
             time.sleep(random.uniform(0, _BACK_OFF_S * 2**tried))
         raise OSError(f"{self.place(path)} could not be created: {failure}")
 

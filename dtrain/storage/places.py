@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from dtrain.errors import ConfigError
 from dtrain.storage.base import Storage
 from dtrain.storage.filesystem import FilesystemStorage, for_s3fs
 from dtrain.storage.local import LocalStorage
-from dtrain.storage.s3 import S3Storage
+from dtrain.storage.s3 import S3Storage, checked, split
 
 S3_CLIENTS = ("obstore", "s3fs")
 
@@ -30,14 +31,19 @@ def storage_at(
     :param unsafe_commit: see `Config.unsafe_commit`.
     :raises ConfigError: the place or an option can't be right.
     """
-    place, options = os.fspath(place), dict(options or {})
+    place = os.fspath(place)
+    given = dict(options or {})
+    if re.match(r"[a-z0-9]+:/[^/]", place):
+        raise ConfigError(f"dir={place!r} has one slash where an URL has two: {place.replace(':/', '://', 1)!r}")
     if not is_remote(place):
         return LocalStorage(place)
     if not place.startswith("s3://"):
-        return FilesystemStorage(place, options, unsafe_commit=unsafe_commit)
-    client = options.get("client", S3_CLIENTS[0])
+        return FilesystemStorage(place, lambda: given, unsafe_commit=unsafe_commit)
+    client = given.get("client", S3_CLIENTS[0])
     if client not in S3_CLIENTS:
         raise ConfigError(f"storage_options['client']={client!r} must be one of {', '.join(S3_CLIENTS)}")
     if client == "s3fs":
-        return FilesystemStorage(place, for_s3fs(options), unsafe_commit=unsafe_commit)
-    return S3Storage(place, options, unsafe_commit=unsafe_commit)
+        split(place)
+        given = checked(given)
+        return FilesystemStorage(place, lambda: for_s3fs(given), unsafe_commit=unsafe_commit)
+    return S3Storage(place, given, unsafe_commit=unsafe_commit)

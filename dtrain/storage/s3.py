@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import itertools
 import os
 import queue
@@ -40,7 +41,6 @@ _MOST_PARTS = 9_000
 """S3 takes 10,000 of one object."""
 _PARTS_AT_ONCE = 8
 _PIECE_BYTES = 1 << 20
-_TIMEOUT_S = 60.0
 _REQUESTS = 3
 """As long as that many requests may take, one is tried again: it gets a third of the time."""
 _CONNECT_S = 5.0
@@ -61,9 +61,11 @@ class S3Storage(ObjectStorage):
 
     def __init__(self, root: str, options: Mapping[str, Any], *, unsafe_commit: bool = False) -> None:
         super().__init__(root, unsafe_commit=unsafe_commit)
+        if importlib.util.find_spec("obstore") is None:
+            raise ConfigError(f"{self.root} needs obstore: pip install 'dtrain[s3]'")
         self._options = checked(options)
-        self._bucket, self._prefix = split(self.root)
-        self._patience_s = float(self._options.get("timeout_s", _TIMEOUT_S))
+        self._bucket, self._prefix = split(root)
+        self.patience_s = float(self._options.get("timeout_s", self.patience_s))
         self._opened: S3Store | None = None
 
     def read(self, path: str) -> bytes:
@@ -134,14 +136,15 @@ class S3Storage(ObjectStorage):
                 for upload in page.get("Uploads", ()):
                     place = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                     pages = client.get_paginator("list_parts").paginate(**place)
-                    size = sum(part["Size"] for parts in pages for part in parts.get("Parts", ()))
+                    parts = [part for found in pages for part in found.get("Parts", ())]
+                    changed = max([upload["Initiated"], *(part["LastModified"] for part in parts)])
 
                     def remove(place: dict[str, str] = place) -> None:
                         with boto_errors(self.root):
                             client.abort_multipart_upload(**place)
 
                     name = upload["Key"].removeprefix(prefix)
-                    yield HalfMade(name, size, upload["Initiated"].timestamp(), remove)
+                    yield HalfMade(name, sum(part["Size"] for part in parts), changed.timestamp(), remove)
 
     def _put_new(self, path: str, data: bytes) -> None:
         import obstore
@@ -204,7 +207,7 @@ class S3Storage(ObjectStorage):
         """Ask for what changes nothing, and again after an answer that makes no sense, such as half of a listing: what
         the client sees of them it tries again only where it knows the reason."""
         store, name = self._store(), self._name(path)
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self.patience_s
         for tried in itertools.count():
             try:
                 with self._errors(path):
@@ -239,7 +242,7 @@ class S3Storage(ObjectStorage):
 
         _started_in = os.getpid()
         where = addressed(self._options)
-        patience = timedelta(seconds=self._patience_s)
+        patience = timedelta(seconds=self.patience_s)
         return S3Store(
             self._bucket,
             prefix=self._prefix or None,
@@ -268,8 +271,8 @@ class S3Storage(ObjectStorage):
         where = addressed(self._options)
         config = Config(
             s3={"addressing_style": "path" if where["path_style"] else "auto"},
-            connect_timeout=min(self._patience_s, _CONNECT_S),
-            read_timeout=self._patience_s / _REQUESTS,
+            connect_timeout=min(self.patience_s, _CONNECT_S),
+            read_timeout=self.patience_s / _REQUESTS,
             retries={"total_max_attempts": _LOOKS, "mode": "standard"},
         )
         session = boto3.Session(profile_name=self._options.get("profile"))
@@ -291,6 +294,10 @@ class S3Storage(ObjectStorage):
             raise PermissionError(errno.EACCES, _reason(error), place) from None
         except exceptions.BaseError as error:
             raise OSError(f"{place}: {_reason(error)}") from None
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # Rust's way to say that it has a fault
+                raise OSError(f"{place}: {error}") from None
+            raise
 
 
 class _Sink:
@@ -360,9 +367,13 @@ class _GivenUp(Exception):
 def split(root: str) -> tuple[str, str]:
     """Bucket and prefix of an URL. :raises ConfigError: there is no bucket in it."""
     parts = urlsplit(root)
-    if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+    prefix = parts.path.removeprefix("/").rstrip("/")
+    wrong = {"", ".", ".."}.intersection(prefix.split("/")) if prefix else ()
+    if "@" in parts.netloc:
+        raise ConfigError("an s3:// URL must not hold a user's name or password")
+    if not parts.netloc or parts.query or parts.fragment or wrong:
         raise ConfigError(f"dir={root!r} must be like s3://bucket/prefix")
-    return parts.netloc, parts.path.strip("/")
+    return parts.netloc, prefix
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,10 +386,10 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             )
         if name not in OPTIONS:
             raise ConfigError(f"storage_options[{name!r}] is unknown; there are: {', '.join(OPTIONS)}")
+        if name == "endpoint_url":
+            addressed({name: value})
         if name == "timeout_s" and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
             raise ConfigError(f"storage_options['timeout_s']={value!r} must be a number of seconds above zero")
-        if name == "endpoint_url" and "@" in urlsplit(str(value)).netloc:
-            raise ConfigError("storage_options['endpoint_url'] must not hold a user's name or password")
     return dict(options)
 
 
@@ -389,10 +400,18 @@ def addressed(options: Mapping[str, Any]) -> dict[str, Any]:
         options.get("endpoint_url") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL") or None
     )
     region = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
+    if endpoint and "@" in urlsplit(str(endpoint)).netloc:
+        raise ConfigError("the endpoint's URL must not hold a user's name or password")
+    if endpoint and not re.fullmatch(r"https?://[^\s/]+/?\S*", str(endpoint)):
+        raise ConfigError(f"endpoint_url={endpoint!r} must be like https://host or http://host:port")
     if not region and (options.get("profile") or environment("AWS_PROFILE")):
         import boto3
+        from botocore.exceptions import BotoCoreError
 
-        region = boto3.Session(profile_name=options.get("profile")).region_name
+        try:
+            region = boto3.Session(profile_name=options.get("profile")).region_name
+        except BotoCoreError as error:
+            raise ConfigError(f"no AWS credentials: {error}") from error
     # Servers other than AWS's seldom have a name for each bucket.
     path_style = options.get("path_style", endpoint is not None)
     return {"endpoint_url": endpoint, "region": region or "us-east-1", "path_style": path_style}

@@ -59,6 +59,11 @@ def _open(config: Config, storages: Sequence[Storage]) -> str:
         )
     run = str(found.get(_RUN, ""))
     for storage in storages[1:]:
+        if not run:
+            raise ConfigError(
+                f"{config.dir} is of a time when runs had no identifier, so a local folder can't be known to be its "
+                "own; leave local_save_every out"
+            )
         if _kept(storage, options | {_RUN: run}).get(_RUN) != run:
             raise ConfigError(
                 f"local_dir={config.local_dir!r} holds the checkpoints of another run than {config.dir}; choose "
@@ -74,7 +79,10 @@ def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:
         storage.create(CONFIG, json.dumps(options, indent=1).encode())
         return options
     except FileExistsError:
-        found: dict[str, Any] = json.loads(storage.read(CONFIG))
+        try:
+            found: dict[str, Any] = json.loads(storage.read(CONFIG))
+        except ValueError as error:
+            raise ConfigError(f"{storage.root}/{CONFIG} can't be read ({error}); bring it back or delete it") from error
         return found
 
 
