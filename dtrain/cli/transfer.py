@@ -26,11 +26,14 @@ from dtrain.storage.places import storage_at
 
 RunArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run folder, or its URL.")]
 _GB = 1_000_000_000
+_PATIENCE_S = 20.0
+"""With a server that doesn't answer."""
 
 
 def open_run(folder: str) -> tuple[Storage, Log]:
     """:raises ConfigError: it is no run folder."""
-    storage = storage_at(folder)
+    # Somebody sits in front of it.
+    storage = storage_at(folder, {"timeout_s": _PATIENCE_S} if folder.startswith("s3://") else None)
     log = Log(storage)
     log.refresh()
     if not log.entries and not log.broken and not (Path(folder) / FOLDER).is_dir():

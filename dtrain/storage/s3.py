@@ -44,7 +44,8 @@ _PIECE_BYTES = 1 << 20
 _REQUESTS = 3
 """As long as that many requests may take, one is tried again: it gets a third of the time."""
 _CONNECT_S = 5.0
-_MOST_TRIES = 12
+_MOST_TRIES = 10_000
+"""The time decides, not the number: a server that is away for a minute costs no save."""
 _LOOKS = 4
 _MOST_PAUSE_S = 5.0
 
