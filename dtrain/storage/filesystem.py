@@ -151,7 +151,7 @@ class FilesystemStorage(ObjectStorage):
 
 def for_s3fs(options: Mapping[str, Any]) -> dict[str, Any]:
     """What stands for dtrain's own options with s3fs."""
-    from dtrain.storage.s3 import addressed
+    from dtrain.storage.aws import addressed
 
     where = addressed(options)
     style = {"s3": {"addressing_style": "path" if where["path_style"] else "auto"}}

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from dtrain.errors import ConfigError
+from dtrain.storage.aws import checked, split
 from dtrain.storage.base import Storage
 from dtrain.storage.filesystem import FilesystemStorage, for_s3fs
 from dtrain.storage.local import LocalStorage
-from dtrain.storage.s3 import S3Storage, checked, split
+from dtrain.storage.s3 import S3Storage
 
 S3_CLIENTS = ("obstore", "s3fs")
 
