@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.jobs import read_lines
+from tests.jobs import Job, read_lines
 from tests.places import Place
 from tests.train_job import GLOBAL_BATCH, SAMPLES, Options
 
@@ -63,6 +64,13 @@ def assert_same(found: Evidence, undisturbed: Evidence) -> None:
     for step, (mine, theirs) in enumerate(zip(found.losses, undisturbed.losses, strict=True), start=1):
         assert mine == theirs, f"the loss of step {step} is the first to differ"
     assert found.digests == undisturbed.digests
+
+
+def assert_ended_as(job: Job, undisturbed: Callable[[int], Evidence], ranks: int) -> None:
+    """Wait for the end of a job; nothing may tell it from the undisturbed one on so many ranks."""
+    assert job.wait() == 0, job.tail()
+    assert_same(of_run(job.options), undisturbed(ranks))
+    assert_nothing_left(job.options)
 
 
 def assert_each_once_an_epoch(found: Evidence) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from tests import evidence, kills
 from tests.conftest import STEPS, Undisturbed
-from tests.jobs import Job, read_lines, start
+from tests.evidence import assert_ended_as
+from tests.jobs import read_lines, start
 from tests.places import Place
 from tests.train_job import Options
 
@@ -22,13 +23,6 @@ from tests.train_job import Options
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
     return Options(run=str(tmp_path / "run"), evidence=str(tmp_path / "evidence"), steps=STEPS)
-
-
-def assert_ended_as(job: Job, undisturbed: Undisturbed, ranks: int) -> None:
-    """Wait for the end of a job; nothing may tell it from the undisturbed one."""
-    assert job.wait() == 0, job.tail()
-    evidence.assert_same(evidence.of_run(job.options), undisturbed(ranks))
-    evidence.assert_nothing_left(job.options)
 
 
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 1), (3, 2)])

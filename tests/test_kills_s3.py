@@ -15,6 +15,7 @@ import pytest
 
 from tests import evidence, kills
 from tests.conftest import STEPS, Undisturbed
+from tests.evidence import assert_ended_as
 from tests.fault_proxy import Proxy
 from tests.jobs import Job, start
 from tests.places import Place
@@ -44,13 +45,6 @@ def in_a_save(job: Job, proxy: Proxy, *ranks: int, savers: bool = False) -> None
     victims = job.until("processes", lambda: job.savers() if savers else job.trainers())
     job.kill(*(victims[rank] for rank in ranks))
     proxy.release()
-
-
-def assert_ended_as(job: Job, undisturbed: Undisturbed, ranks: int) -> None:
-    """Wait for the end of a job; nothing may tell it from the undisturbed one."""
-    assert job.wait() == 0, job.tail()
-    evidence.assert_same(evidence.of_run(job.options), undisturbed(ranks))
-    evidence.assert_nothing_left(job.options)
 
 
 @pytest.mark.parametrize(("ranks", "seed"), [(2, 21), (3, 22)])

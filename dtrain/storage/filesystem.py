@@ -90,22 +90,17 @@ class FilesystemStorage(ObjectStorage):
 
     def _read_range(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
         length = sum(view.nbytes for view in views)
-        try:
-            with self._errors(path):
-                data = memoryview(self._fs().cat_file(self._name(path), start=offset, end=offset + length))
-        except FileNotFoundError:
-            raise
-        except OSError:
-            with self._errors(path):
-                end = self._fs().size(self._name(path))
-            if offset + length <= end:
-                raise
-            raise EOFError(f"{path} ends at byte {end}") from None
+        with self._errors(path):
+            data = memoryview(self._fs().cat_file(self._name(path), start=offset, end=offset + length))
         if data.nbytes != length:
-            raise EOFError(f"{path} ends at byte {offset + data.nbytes}")
+            raise OSError(f"{self.place(path)}: {data.nbytes} bytes came of {length}")
         for view in views:
             view[:] = data[: view.nbytes]
             data = data[view.nbytes :]
+
+    def _size(self, path: str) -> int:
+        with self._errors(path):
+            return int(self._fs().size(self._name(path)))
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         fs = self._fs()

@@ -82,8 +82,18 @@ class ObjectStorage(ABC):
         del folder  # an object that is there is durable, and so is its name
 
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        if views := [buffer.cast("B") for buffer in buffers if buffer.nbytes]:
+        views = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+        if not views:
+            return
+        try:
             self._read_range(path, offset, views)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            end = self._size(path)
+            if offset + sum(view.nbytes for view in views) <= end:
+                raise
+            raise EOFError(f"{path} ends at byte {end}") from None
 
     def place(self, path: str) -> str:
         """For messages."""
@@ -103,7 +113,11 @@ class ObjectStorage(ABC):
 
     @abstractmethod
     def _read_range(self, path: str, offset: int, views: Sequence[memoryview]) -> None:
-        """:raises EOFError: the file ends before."""
+        """:raises OSError: what came isn't all of it, because the file ends before, say."""
+
+    @abstractmethod
+    def _size(self, path: str) -> int:
+        """Of a file, in bytes."""
 
     @abstractmethod
     def _delete(self, path: str) -> None:
