@@ -21,7 +21,7 @@ from dtrain.storage.places import is_remote, storage_at
 
 Unit = Literal["steps", "seconds", "epochs", "auto"]
 
-SAME_BITS = ("global_batch", "micro_batch", "seed")
+SAME_BITS = ("global_batch", "micro_batch", "seed", "precision", "reduction", "tf32")
 """The options that decide what is computed: equal in every start of a run."""
 
 _STATE = Path("~/.local/state/dtrain")
@@ -103,6 +103,39 @@ class Config:
 
     seed: int = 0
     """Decides the order of the samples and every random number of the training."""
+
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "ddp"
+    """How a model is spread over the ranks: a copy on each (DDP), a part on each (FSDP2), a copy on each of several
+    groups of ranks that have a part each (HSDP); `"none"` is for a single process. It may change between starts."""
+
+    shard_size: int | None = None
+    """For HSDP: how many ranks share a copy, by default those of a node. Where it doesn't divide the number of ranks,
+    the next smaller number that does."""
+
+    tensor_parallel: int = 1
+    """How many ranks compute a micro-batch together, by the function that `run.parallelize` is given for it. With FSDP
+    and HSDP."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """The number format of forward and backward passes. Weights, their updates and the sums of gradients are in fp32
+    always; with fp16, losses are scaled by a GradScaler that is part of the checkpoint."""
+
+    reduction: Literal["fast", "exact"] = "fast"
+    """How gradients are added up. `"exact"`: in an order that doesn't depend on the number of ranks, which gives the
+    same weights, bit for bit, on any number of them, and takes deterministic algorithms only."""
+
+    tf32: bool = False
+    """Let GPUs multiply fp32 numbers with 10 bits of mantissa."""
+
+    activation_checkpointing: Literal["none", "full", "selective"] | int = "none"
+    """Which blocks of a model compute their activations again in the backward pass rather than keep them: `"full"` is
+    all of them, a number k every k-th; `"selective"` keeps those that take long to compute."""
+
+    compile: bool = False
+    """Compile the blocks of each model, by `torch.compile`."""
+
+    cpu_offload: bool = False
+    """For FSDP and HSDP on GPUs: keep parameters and the optimizer's state in the memory of the host."""
 
     save_every: int | str = "10m"
     """Distance between two checkpoints, which is what the death of a node costs: a number of steps, `"90s"`, `"10m"`,
@@ -204,6 +237,7 @@ class Config:
                 f"global_batch={self.global_batch} is no multiple of micro_batch={self.micro_batch}; "
                 "a step is a list of whole micro-batches"
             )
+        self._check_training()
         for name in ("timeout_s", "mtbf_hours"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
@@ -224,6 +258,32 @@ class Config:
         if self.keep_best is not None and not isinstance(self.keep_best, Best):
             raise ConfigError(f"keep_best={self.keep_best!r} must be a Best, such as dtrain.Best('val/loss', k=3)")
 
+    def _check_training(self) -> None:
+        for name, choices in (
+            ("parallel", ("none", "ddp", "fsdp", "hsdp")),
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("reduction", ("fast", "exact")),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+        for name in ("tf32", "compile", "cpu_offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        how = self.activation_checkpointing
+        if how not in ("none", "full", "selective") and not _is_count(how):
+            raise ConfigError(
+                f"activation_checkpointing={how!r} must be 'none', 'full', 'selective', or a number: 2 is every second "
+                "block"
+            )
+        if self.shard_size is not None and (self.parallel != "hsdp" or not _is_count(self.shard_size)):
+            raise ConfigError(f"shard_size={self.shard_size!r} must be a number of ranks, with parallel='hsdp'")
+        if not _is_count(self.tensor_parallel):
+            raise ConfigError(f"tensor_parallel={self.tensor_parallel!r} must be a number of ranks, 1 or more")
+        for name in ("cpu_offload", "tensor_parallel"):
+            if getattr(self, name) not in (False, 1) and self.parallel not in ("fsdp", "hsdp"):
+                raise ConfigError(f"{name}={getattr(self, name)!r} needs parallel='fsdp' or 'hsdp'")
+
     @property
     def micro_batches(self) -> int:
         """The length of the list of micro-batches that makes a step."""
@@ -238,10 +298,18 @@ class Config:
         return None if self.local_save_every is None else storage_at(self.local_dir)
 
     def check_world(self, world_size: int) -> None:
-        """:raises ConfigError: there are more ranks than micro-batches, so that some would have nothing to do."""
-        if world_size > self.micro_batches:
+        """:raises ConfigError: there are more ranks than the config has work for."""
+        if self.parallel == "none" and world_size > 1:
+            raise ConfigError(
+                f"parallel='none' is for one process, and {world_size} were started: take 'ddp' or 'fsdp'"
+            )
+        if world_size > self.micro_batches * self.tensor_parallel:
             raise ConfigError(
                 f"{world_size} ranks share {self.micro_batches} micro-batches (global_batch={self.global_batch} / "
                 f"micro_batch={self.micro_batch}): start at most {self.micro_batches} ranks, or make micro_batch "
                 "smaller or global_batch larger"
             )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

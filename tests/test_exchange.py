@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dtrain.training.ddp import Replicated
 from dtrain.training.exchange import Exchange, Totals
-from dtrain.training.parallel import parallelize
 from tests.world import in_world, outcomes
-
-CPU = torch.device("cpu")
 
 
 def model(*, dtype: torch.dtype = torch.float32, layers: int = 3) -> nn.Module:
@@ -49,7 +47,7 @@ def test_counts_arrive_exactly_and_gradients_are_sums(world: int, dtype: torch.d
 
     def work(rank: int) -> tuple[Totals, list[torch.Tensor], list[torch.Tensor]]:
         exchange = Exchange()
-        net = parallelize(model(dtype=dtype), CPU, exchange)
+        net = Replicated(model(dtype=dtype), exchange, exact=False).module
         alone = model(dtype=dtype)
         x = torch.full((4, 8), 1.0 + rank, dtype=dtype)
         for each in (net, alone):
@@ -74,7 +72,7 @@ def test_they_ride_with_one_of_several_models_or_alone_when_none_is_used() -> No
 
     def work(rank: int) -> list[Totals]:
         exchange = Exchange()
-        first, second = (parallelize(model(), CPU, exchange) for _ in range(2))
+        first, second = (Replicated(model(), exchange, exact=False).module for _ in range(2))
         own = model()
         x = torch.full((4, 8), 1.0 + rank)
         found = []
@@ -93,7 +91,7 @@ def test_they_ride_with_one_of_several_models_or_alone_when_none_is_used() -> No
 def test_a_rank_whose_peer_died_in_the_sum_does_not_go_on_alone() -> None:
     def work(rank: int) -> str:
         exchange = Exchange()
-        net = parallelize(model(), CPU, exchange)
+        net = Replicated(model(), exchange, exact=False).module
         exchange.send(1, 1.0, stop=False, action=0)
         net(torch.ones(2, 8)).sum().backward()
         exchange.depart()

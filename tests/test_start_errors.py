@@ -28,7 +28,7 @@ def events(root: Path, kind: str) -> list[dict[str, object]]:
     ("option", "message"),
     [
         (("savevery", "3"), "unknown option 'savevery'; did you mean 'save_every'?"),
-        (("colour", "red"), "unknown option 'colour'; there are: dir, global_batch, micro_batch, seed, save_every,"),
+        (("colour", "red"), "unknown option 'colour'; there are: dir, global_batch, micro_batch, seed, parallel,"),
         (("save_every", "often"), "save_every='often' is no interval; write a number of steps (200), or a text such"),
         (("keep_last", "many"), "keep_last='many' must be a whole number, 2 or more"),
         (("dir", "s3:///run"), "dir='s3:///run' must be like s3://bucket/prefix"),
@@ -229,4 +229,5 @@ def test_a_run_that_is_done_says_nothing_wrong_and_returns(tmp_path: Path) -> No
     assert found.said == [f"{tmp_path}: nothing saved yet, 2 ranks", "finished: step 3 of 3, saved"]
     kept = json.loads((tmp_path / "config.json").read_bytes())
     assert len(kept.pop("run")) == 32, "what tells it from any other run"
-    assert kept == {"global_batch": 8, "micro_batch": 4, "seed": 0}
+    options = {"global_batch": 8, "micro_batch": 4, "seed": 0}
+    assert kept == options | {"precision": "fp32", "reduction": "fast", "tf32": False}

@@ -33,13 +33,9 @@ class Totals:
 
 
 class Exchange:
-    """One for a run: it is used by one step after the other.
-
-    :ivar silent: gradients stay as they are on each rank (see `parallel`).
-    """
+    """One for a run: it is used by one step after the other."""
 
     def __init__(self) -> None:
-        self.silent = False
         self._numbers = torch.zeros(0)
         self._waiting = False
         self._work: dist.Work | None = None
@@ -58,10 +54,6 @@ class Exchange:
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Sum a bucket of gradients over the ranks, and the numbers with it if they are waiting."""
         gradients = bucket.buffer()
-        if self.silent:
-            nothing: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-            nothing.set_result(gradients)
-            return nothing
         together = gradients
         if self._waiting and gradients.is_cpu and gradients.dtype == torch.float32:
             self._waiting = False
@@ -93,3 +85,10 @@ class Exchange:
         *digits, coarse, fine, stop, action = self._numbers.tolist()
         count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
         return Totals(count, coarse + fine, stop > 0, int(action))
+
+
+def finished(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    """A result that is there already, in the form that DDP waits for."""
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[value.device] if value.is_cuda else None)
+    future.set_result(value)
+    return future

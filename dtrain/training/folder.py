@@ -16,6 +16,8 @@ from dtrain.errors import ConfigError
 from dtrain.storage.base import Storage
 
 CONFIG = "config.json"
+_NEW: dict[str, Any] = {"precision": "fp32", "reduction": "fast", "tf32": False}
+"""What runs were that began before there was a choice."""
 _RUN = "run"
 """Among the options: what tells this run from any other."""
 
@@ -47,10 +49,9 @@ def _open(config: Config, storages: Sequence[Storage]) -> str:
     """On rank 0. :returns: what tells this run from any other."""
     options = {name: getattr(config, name) for name in SAME_BITS}
     found = _kept(storages[0], options | {_RUN: uuid.uuid4().hex})
+    before = _NEW | found
     differ = [
-        f"{name} was {found.get(name)!r}, is now {value!r}"
-        for name, value in options.items()
-        if found.get(name) != value
+        f"{name} was {before[name]!r}, is now {value!r}" for name, value in options.items() if before[name] != value
     ]
     if differ:
         raise ConfigError(

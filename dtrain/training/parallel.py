@@ -1,38 +1,127 @@
-"""A model on all ranks: DDP, made so that a restart doesn't change the order of any addition.
+"""How a run's models are spread over its ranks: `Config.parallel` and what goes with it."""
 
-DDP lays its buckets out anew after the first backward pass, in the order in which gradients arrived, and a sum over
-three ranks or more depends on where in a bucket an element lies. A resumed run would therefore add in another order in
-its first step than the undisturbed run did. So the new layout is brought about before the first step, by a backward
-pass that computes nothing and exchanges nothing, in an order that is the same in every start.
-"""
+from __future__ import annotations
 
-# No `from __future__ import annotations` here: DDP looks at the types that its hook is annotated with.
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
+from dtrain.config import Config
+from dtrain.errors import ConfigError, UsageError
+from dtrain.training.ddp import Replicated
 from dtrain.training.exchange import Exchange
+from dtrain.training.fsdp import Sharded
+from dtrain.training.precision import Precision
+from dtrain.training.prepare import Filler, blocks_of, recompute
+from dtrain.training.wrapped import Wrapped
+
+Hook = Callable[[nn.Module, DeviceMesh], nn.Module]
 
 
-def parallelize(model: nn.Module, device: torch.device, exchange: Exchange) -> nn.Module:
-    """Move a model to this rank's device, and have its gradients summed over the ranks if there are several.
+class Parallel:
+    """The ranks, as a mesh, and the models that were spread over it. All ranks must make it.
 
-    Gradients are sums, not means: `Step.update` divides once, by what all ranks have counted.
-
-    :param exchange: what the gradients are summed by.
+    :param shard_size: how many ranks at most share a copy under HSDP.
+    :ivar rank: this rank's number among those that have micro-batches of their own.
+    :ivar world_size: how many those are.
+    :ivar counts: whether this is the rank that counts what its group of tensor-parallel ranks computes.
+    :ivar exact: whether sums are to be the same on any number of ranks.
+    :ivar models: as the steps see them.
     """
-    model = model.to(device)
-    same_buffers(model.buffers())
-    if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
-        return model
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(exchange, _sum)
-    _settle(wrapped, exchange)
-    return wrapped
+
+    def __init__(
+        self, config: Config, device: torch.device, precision: Precision, exchange: Exchange, shard_size: int
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._precision = precision
+        self._exchange = exchange
+        self.models: list[Wrapped] = []
+        ranks, tensor = dist.get_world_size(), config.tensor_parallel
+        if ranks % tensor:
+            raise ConfigError(f"tensor_parallel={tensor}: {ranks} ranks can't be put into groups of as many")
+        self.rank, self.world_size = dist.get_rank() // tensor, ranks // tensor
+        self.counts = dist.get_rank() % tensor == 0
+        self.exact = config.reduction == "exact"
+        self._shards = self.world_size
+        if config.parallel == "hsdp":
+            self._shards = max(n for n in range(1, min(shard_size, ranks) + 1) if self.world_size % n == 0)
+        self.kind = config.parallel
+        if self.kind == "hsdp" and self._shards == 1 and self.world_size > 1 and tensor == 1:
+            self.kind = "ddp"  # every rank has a copy
+        self.mesh: DeviceMesh | None = None
+        if self.kind in ("fsdp", "hsdp"):
+            sizes = {"replicate": self.world_size // self._shards, "shard": self._shards, "tensor": tensor}
+            if sizes["replicate"] == 1:
+                del sizes["replicate"]
+            if tensor == 1:
+                del sizes["tensor"]
+            self.mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    def wrap(
+        self, model: nn.Module, classes: Sequence[type[nn.Module]] | None, tensor_parallel: Hook | None
+    ) -> nn.Module:
+        """See `Run.parallelize`."""
+        config = self._config
+        if (tensor_parallel is None) != (config.tensor_parallel == 1):
+            raise UsageError(
+                f"parallelize(tensor_parallel={tensor_parallel!r}) with Config(tensor_parallel="
+                f"{config.tensor_parallel}): the number of ranks and the function go together"
+            )
+        blocks = blocks_of(model, classes)
+        if not blocks and config.activation_checkpointing != "none":
+            raise UsageError(
+                f"activation_checkpointing={config.activation_checkpointing!r}: no module of this "
+                f"{type(model).__qualname__} is repeated in a list; name its blocks by parallelize(model, blocks=...)"
+            )
+        filler = Filler(model, config.seed, self._device)
+        if tensor_parallel is not None:
+            assert self.mesh is not None
+            filler.fill(model)
+            model = tensor_parallel(model.to(self._device), self.mesh["tensor"])
+        if config.activation_checkpointing != "none":
+            recompute(blocks, config.activation_checkpointing)
+        if config.compile:
+            for block in blocks.values() or [model]:
+                block.compile()
+        if self.mesh is not None and any(p.requires_grad for p in model.parameters()):
+            wrapped = self._sharded(model, list(blocks.values()), filler)
+        else:
+            wrapped = self._replicated(model, filler)
+        self.models.append(wrapped)
+        return wrapped.module
+
+    def _replicated(self, model: nn.Module, filler: Filler) -> Wrapped:
+        filler.fill(model)
+        model = model.to(self._device)
+        same_buffers(model.buffers())
+        if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
+            return Wrapped(model, exact=self.exact and any(p.requires_grad for p in model.parameters()))
+        return Replicated(model, self._exchange, exact=self.exact)
+
+    def _sharded(self, model: nn.Module, blocks: Sequence[nn.Module], filler: Filler) -> Wrapped:
+        assert self.mesh is not None
+        mesh, names = self.mesh, self.mesh.mesh_dim_names or ()
+        if "tensor" in names:
+            mesh = mesh[tuple(name for name in names if name != "tensor")]
+        offload = CPUOffloadPolicy(pin_memory=True) if self._config.cpu_offload else OffloadPolicy()
+        if self._device.type == "cpu":
+            offload = OffloadPolicy()  # that is where everything is
+        if not isinstance(model, FSDPModule):  # the user's own function may have done it
+            # One after the other: only one block at a time is there as a whole, if the model was made on meta.
+            for block in blocks:
+                filler.fill(block)
+                fully_shard(block, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
+            filler.fill(model, without=blocks)
+            fully_shard(model, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
+        same_buffers(model.buffers())
+        group = dist.group.WORLD if mesh is self.mesh else mesh._flatten().get_group()
+        assert group is not None
+        return Sharded(model, group, self._shards, exact=self.exact)
 
 
 def same_buffers(buffers: Iterable[torch.Tensor]) -> None:
@@ -51,48 +140,3 @@ def same_buffers(buffers: Iterable[torch.Tensor]) -> None:
         dist.broadcast(flat, src=0)
         for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
             buffer.detach().copy_(part.view_as(buffer))
-
-
-def _sum(exchange: Exchange, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP's communication hook: a sum, without DDP's division by the world size."""
-    return exchange.all_reduce(bucket)
-
-
-def _settle(wrapped: DistributedDataParallel, exchange: Exchange) -> None:
-    """Bring about DDP's final layout of buckets, without a sum and without a real gradient."""
-    module = wrapped.module
-    exchange.silent = True
-    wrapped.module = _Stub([p for p in module.parameters() if p.requires_grad])
-    wrapped.require_forward_param_sync = False  # the stub has no buffers that DDP could broadcast
-    try:
-        wrapped().backward()
-    finally:
-        wrapped.module = module
-        exchange.silent = False
-    wrapped.zero_grad(set_to_none=True)
-
-
-class _Stub(nn.Module):
-    """Takes no input, and depends on all parameters, with a gradient of zero that reaches the last of them first."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__()
-        self.borrowed = (parameters,)  # in a tuple, so that they don't become this module's own
-
-    def forward(self) -> torch.Tensor:
-        chain = torch.zeros((), requires_grad=True)
-        for parameter in self.borrowed[0]:
-            chain = _Link.apply(chain, parameter)  # type: ignore[no-untyped-call]
-        return chain
-
-
-class _Link(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, chain: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        ctx.parameter = parameter
-        return chain.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        zero = ctx.parameter.new_zeros(())
-        return gradients[0], zero.expand_as(ctx.parameter)

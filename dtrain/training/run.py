@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import default_collate
 
 from dtrain.checkpoint.manager import Manager
@@ -27,9 +28,11 @@ from dtrain.errors import DataError, UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
 from dtrain.training.data import Data, Dataset
+from dtrain.training.exactness import inexact_parts, make_deterministic
 from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
-from dtrain.training.parallel import parallelize, same_buffers
+from dtrain.training.parallel import Hook, Parallel, same_buffers
+from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
 from dtrain.training.step import Flags, Step
 
@@ -52,8 +55,6 @@ class Run:
         self._generation = life.generation
         self._state = State()
         self._data: dict[str, Data] = {}
-        self._wrapped: list[DistributedDataParallel] = []
-        self._models: list[nn.Module] = []
         self._exchange = Exchange()
         local = config.local_save_every
         self._schedule = Schedule(
@@ -73,6 +74,11 @@ class Run:
         self._metrics: Metrics | None = None
         config.check_world(self.world_size)
         self._storages = [config.storage(), *filter(None, [config.local_storage()])]
+        if config.reduction == "exact":
+            make_deterministic(device)
+        self._precision = Precision(config, device)
+        shard_size = config.shard_size or life.group.placement.local_world_size
+        self._parallel = Parallel(config, device, self._precision, self._exchange, shard_size)
         open_folders(config, self._storages)
         self._events = Events(config.local_dir)
         snapshots = Snapshots(
@@ -92,13 +98,36 @@ class Run:
         """True on rank 0, the one to print or to write."""
         return self.rank == 0
 
-    def parallelize(self, model: nn.Module) -> nn.Module:
-        """Move a model to this rank's device and have its gradients summed over the ranks. All ranks must reach it."""
-        model = parallelize(model, self.device, self._exchange)
-        self._models.append(model)
-        if isinstance(model, DistributedDataParallel):
-            self._wrapped.append(model)
-        return model
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The ranks as FSDP and HSDP see them, with the dimensions `replicate`, `shard` and `tensor`, as far as they
+        are there; None under `parallel="none"` and `"ddp"`."""
+        return self._parallel.mesh
+
+    def parallelize(
+        self,
+        model: nn.Module,
+        *,
+        blocks: Sequence[type[nn.Module]] | None = None,
+        tensor_parallel: Hook | None = None,
+    ) -> nn.Module:
+        """Spread a model over the ranks, as the config says. All ranks must reach it, before the optimizer is made.
+
+        The names in the state dict stay those of the bare model. A model that was made under
+        `torch.device("meta")` is filled here, block by block, by its modules' `reset_parameters`, with the same values
+        on any number of ranks.
+
+        :param blocks: classes of the blocks that are sharded, recomputed and compiled as units; None takes the class
+            that is repeated in a list and holds the most parameters.
+        :param tensor_parallel: called as `tensor_parallel(model, mesh)` with the mesh of the ranks that share
+            micro-batches, before all else; returns the model. It goes with `Config.tensor_parallel`.
+        :raises UsageError: the model has no such blocks, or can't be filled.
+        """
+        return self._parallel.wrap(model, blocks, tensor_parallel)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's precision, for forward passes outside of `step.micro_batches`, where it holds anyway."""
+        return self._precision.autocast()
 
     def data(
         self,
@@ -149,17 +178,24 @@ class Run:
         if self._started:
             raise UsageError("steps was called before; a run has one loop")
         self._started = True
+        tracked = (value for value in self._state.objects.values() if isinstance(value, GradScaler))
+        scaler = next(tracked, self._precision.scaler)
+        if scaler is not None and scaler is self._precision.scaler:
+            self._state.track({"scaler": scaler})
+        if self._parallel.exact and self.is_first:
+            for part in inexact_parts(self._state, [model.module for model in self._parallel.models]):
+                self._events.warn(f"reduction='exact': {part}")
         self._restore()
         if self.is_first:
             self._metrics = Metrics(self.config.local_dir)
             self._progress = Progress(self._done, total, self.config.unit)
-        scaler = next((value for value in self._state.objects.values() if isinstance(value, GradScaler)), None)
         for number in range(self._done + 1, total + 1):
             step = Step(
                 number,
                 seed=self.config.seed,
                 micro_batches=self.config.micro_batches,
-                wrapped=self._wrapped,
+                parallel=self._parallel,
+                precision=self._precision,
                 exchange=self._exchange,
                 scaler=scaler,
                 ask=self._ask,
@@ -267,7 +303,8 @@ class Run:
         return bool(self._stop or self._page.stop), due
 
     def _same_buffers(self) -> None:
-        modules = dict.fromkeys([*map(bare, self._models), *self._state.modules().values()])
+        models = [bare(model.module) for model in self._parallel.models]
+        modules = dict.fromkeys([*models, *self._state.modules().values()])
         same_buffers(buffer for module in modules for buffer in module.buffers())
 
     def _finish(self, step: Step) -> None:

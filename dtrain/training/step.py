@@ -6,19 +6,20 @@ are divided once, at the end, by the count of all ranks: how the batch was cut l
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from dtrain.errors import UsageError
 from dtrain.training.data import Data, block
 from dtrain.training.exchange import MOST, Exchange, Totals
+from dtrain.training.norm import exact_norm, local_parts, total_norm
+from dtrain.training.parallel import Parallel
+from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
+from dtrain.training.wrapped import Turn
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -47,7 +48,8 @@ class Step:
         *,
         seed: int,
         micro_batches: int,
-        wrapped: list[DistributedDataParallel],
+        parallel: Parallel,
+        precision: Precision,
         exchange: Exchange,
         scaler: GradScaler | None,
         ask: Callable[[], Flags],
@@ -56,8 +58,10 @@ class Step:
         self.number = number
         self.values: dict[str, float] = {}
         self._seed = seed
-        self._block = block(micro_batches, dist.get_rank(), dist.get_world_size())
-        self._wrapped = wrapped
+        self._list = micro_batches
+        self._parallel = parallel
+        self._block = block(micro_batches, parallel.rank, parallel.world_size)
+        self._precision = precision
         self._exchange = exchange
         self._scaler = scaler
         self._ask = ask
@@ -66,9 +70,11 @@ class Step:
         self._backwards = 0
         self.begun = False
         self.updated = False
-        self._loss: torch.Tensor | None = None
+        self._index = 0
+        self._losses: torch.Tensor | None = None
         self._count = 0
         self._totals: Totals | None = None
+        self._norm: torch.Tensor | None = None
         set_generators(seed, number, "step")
 
     def micro_batches(self, data: Data) -> Iterator[Any]:
@@ -79,18 +85,24 @@ class Step:
             set_generators(self._seed, self.number, index, "data")
             batch = data.load(ids)
             set_generators(self._seed, self.number, index)
-            with contextlib.ExitStack() as stack:
-                if index != self._block[-1]:  # gradients are exchanged once, with the last backward pass
-                    for model in self._wrapped:
-                        stack.enter_context(model.no_sync())
-                self._open = self.begun = True
+            turn = self._turn(index)
+            for model in self._parallel.models:
+                model.begin(turn)
+            self._open = self.begun = True
+            self._index = index
+            with self._precision.autocast():
                 yield batch
-                if self._open:
-                    raise UsageError(
-                        f"step {self.number}: micro-batch {index} got no step.backward(loss, count=...); every "
-                        "one needs it, or the other ranks would wait for this one"
-                    )
+            if self._open:
+                raise UsageError(
+                    f"step {self.number}: micro-batch {index} got no step.backward(loss, count=...); every "
+                    "one needs it, or the other ranks would wait for this one"
+                )
         set_generators(self._seed, self.number, "update")
+
+    def _turn(self, index: int) -> Turn:
+        mine, ranks = self._block, self._parallel.world_size
+        longest = -(-self._list // ranks)
+        return Turn(index, self._list, index == mine[0], index == mine[-1], longest - len(mine))
 
     def backward(self, loss: torch.Tensor, *, count: int) -> None:
         """Add the gradients of one micro-batch.
@@ -105,28 +117,40 @@ class Step:
             raise UsageError(f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum")
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MOST:
             raise UsageError(f"step {self.number}: count={count!r} must be a whole number from 0 to {MOST - 1}")
+        if loss.dtype == torch.float16:
+            raise UsageError(
+                f"step {self.number}: the loss is a sum in float16, which ends at 65,504; compute it in float32, as in "
+                "F.cross_entropy(logits.float(), ...)"
+            )
         self._open = False
         self._backwards += 1
         self._count += count
-        detached = loss.detach().reshape(()).double()
-        self._loss = detached if self._loss is None else self._loss + detached
+        exact, counts = self._parallel.exact, self._parallel.counts
+        if self._losses is None:  # a place for each micro-batch, where the order of the sum is not to matter
+            self._losses = torch.zeros(self._list if exact else 1, dtype=torch.float64, device=loss.device)
+        if counts:
+            self._losses[self._index if exact else 0] += loss.detach().reshape(()).double()
         last = self._backwards == len(self._block)
+        alone = exact or not loss.is_cpu
         if last:
             stop, action = self._ask()
-            self._exchange.send(self._count, float(self._loss) if loss.is_cpu else 0.0, stop=stop, action=action)
-        (self._scaler.scale(loss) if self._scaler else loss).backward()
+            sent = 0.0 if alone else float(self._losses)
+            self._exchange.send(self._count if counts else 0, sent, stop=stop, action=action)
+        with self._precision.off():
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
         if last:
             self._check_all_used()
+        for model in self._parallel.models:
+            model.end()
+        if last:
             self._exchange.depart()
-            if not loss.is_cpu:  # stays on the device: to look at it would wait for everything that is queued there
-                dist.all_reduce(self._loss)
+            if alone:  # stays on the device: to look at it would wait for everything that is queued there
+                dist.all_reduce(self._losses)
 
     def _check_all_used(self) -> None:
-        # DDP would notice in the next forward pass, when this step's gradients, of which some were never exchanged,
-        # have long been used.
-        for model in self._wrapped:
+        for model in self._parallel.models:
             try:
-                model._check_reducer_finalized()
+                model.check()
             except RuntimeError as error:
                 raise UsageError(
                     f"step {self.number}: the last backward pass left some of the model's parameters without a "
@@ -152,10 +176,11 @@ class Step:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         factor: float | torch.Tensor = 1.0 / self.totals.count
         if clip is not None:
-            norm = get_total_norm(gradients) * factor
+            norm = (exact_norm if self._parallel.exact else total_norm)(gradients) * factor
+            self._norm = norm
             factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
         if gradients:  # one pass over them, for the mean and the clipping
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(local_parts(gradients), factor)
         self._before_update()
         if self._scaler is not None:
             self._scaler.step(optimizer)
@@ -186,9 +211,20 @@ class Step:
     def loss(self) -> float:
         """The mean loss over all that was counted on all ranks, once all backward passes are under way."""
         totals = self.totals
-        assert self._loss is not None
-        total = totals.loss if self._loss.is_cpu else float(self._loss)
+        assert self._losses is not None
+        alone = self._parallel.exact or not self._losses.is_cpu
+        total = float(self._losses.sum()) if alone else totals.loss
         return total / max(1, totals.count)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the mean gradient of all of the optimizer's parameters, before it was clipped.
+
+        :raises UsageError: `update` wasn't called yet, or without `clip`.
+        """
+        if self._norm is None:
+            raise UsageError(f"step {self.number}: gradient_norm is known after step.update(optimizer, clip=...)")
+        return float(self._norm)
 
     def finish(self) -> None:
         """:raises UsageError: the loop's body has left something out."""

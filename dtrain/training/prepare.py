@@ -1,0 +1,158 @@
+"""What is done to a model before it is spread over the ranks: its blocks are found, filled, made to recompute what they
+don't keep, and compiled. None of it changes the names in its state dict.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dtrain.errors import UsageError
+from dtrain.training.random import set_generators
+
+Blocks = dict[str, nn.Module]
+"""By their dotted names."""
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+"""With selective checkpointing: what takes long to compute. All else is cheap, and is computed again."""
+
+
+def blocks_of(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Blocks:
+    """The blocks that a model is made of, none within another.
+
+    :param classes: theirs; None finds the one class that is repeated in lists and holds the most parameters.
+    :raises UsageError: there are none of these classes.
+    """
+    if classes is None:
+        classes = _repeated(model)
+    elif not any(isinstance(module, tuple(classes)) for module in model.modules()):
+        names = ", ".join(kind.__name__ for kind in classes)
+        raise UsageError(f"parallelize(blocks=({names})): a {type(model).__qualname__} has no module of these classes")
+    kinds: tuple[type[nn.Module], ...] = tuple(classes)
+    found: Blocks = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and not inside and isinstance(module, kinds):
+            found[name] = module
+    return found
+
+
+def _repeated(model: nn.Module) -> tuple[type[nn.Module], ...]:
+    sizes: dict[type[nn.Module], int] = {}
+    waiting: deque[nn.Module] = deque([model])
+    while waiting:  # breadth first: of two that hold as much, the outer one is meant
+        module = waiting.popleft()
+        children = list(module.children())
+        waiting.extend(children)
+        if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            kinds = [type(child) for child in children]
+            for child in children:
+                if kinds.count(type(child)) > 1:
+                    size = sum(parameter.numel() for parameter in child.parameters())
+                    sizes[type(child)] = sizes.get(type(child), 0) + size
+    best = max(sizes, key=lambda kind: sizes[kind], default=None)
+    return (best,) if best is not None and sizes[best] else ()
+
+
+class Filler:
+    """Gives modules that were made on the meta device their memory and their first values.
+
+    The values are those of each module's `reset_parameters`, called with random numbers that follow from the seed and
+    the module's name: they are the same on any number of ranks, however the model is then spread over them.
+
+    :param model: all of it, for the names and for parameters that several modules share.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, device: torch.device) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._seed = seed
+        self._device = device
+        self._made: dict[torch.Tensor, torch.Tensor] = {}
+
+    def fill(self, root: nn.Module, without: Iterable[nn.Module] = ()) -> None:
+        """Fill a module and what is in it.
+
+        :param without: modules in it that were filled before.
+        :raises UsageError: some parameters belong to a module that doesn't know how to fill them.
+        """
+        modules = _below(root, set(without))
+        empty = [module for module in modules if self._allocate(module)]
+        able = [module for module in modules if callable(getattr(module, "reset_parameters", None))]
+        for module in empty:
+            if not any(module in set(other.modules()) for other in able):
+                name, kind = self._names[module], type(module).__qualname__
+                raise UsageError(
+                    f"{name or 'the model'} was made on the meta device, and a {kind} has no reset_parameters to fill "
+                    "its parameters with; define it, or make the model on a real device"
+                )
+        for module in reversed(able):  # what is inside comes first: an outer one may change it
+            if any(inner in empty for inner in module.modules()):
+                set_generators(self._seed, "fill", self._names[module])
+                module.reset_parameters()  # type: ignore[operator]
+
+    def _allocate(self, module: nn.Module) -> bool:
+        """:returns: whether something was missing."""
+        missing = False
+        places: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for place in places:
+            for name, value in list(place.items()):
+                if value is None or not value.is_meta:
+                    continue
+                missing = True
+                if value not in self._made:
+                    memory = torch.empty_like(value, device=self._device)
+                    is_parameter = isinstance(value, nn.Parameter)
+                    self._made[value] = nn.Parameter(memory, value.requires_grad) if is_parameter else memory
+                place[name] = self._made[value]
+        return missing
+
+
+def _below(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:
+    found = [root]
+    for child in root.children():
+        if child not in without:
+            found += _below(child, without)
+    return list(dict.fromkeys(found))
+
+
+def recompute(blocks: Blocks, how: str | int) -> None:
+    """Activation checkpointing: have blocks keep their input only, and compute the rest again in the backward pass.
+
+    :param how: `"full"`; `"selective"`, where products of matrices, convolutions and attention are kept; or a number k,
+        for every k-th block.
+    """
+    context = partial(create_selective_checkpoint_contexts, _policy)
+    options: dict[str, Any] = {"context_fn": context} if how == "selective" else {}
+    every = how if isinstance(how, int) else 1
+    for number, block in enumerate(blocks.values(), 1):
+        if number % every == 0:
+            # A class of its own, as FSDP2 gives it too: a wrapper would change names, and a method that is put on
+            # the block itself would be that of the original in a copy.
+            kind = type(block)
+            block.__class__ = type(kind.__name__, (kind,), {"forward": _forward(kind, options)})
+
+
+def _forward(kind: type[nn.Module], options: dict[str, Any]) -> Callable[..., Any]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(kind.forward, self, *args, use_reentrant=False, **options, **kwargs)
+
+    return forward
+
+
+def _policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,69 @@
+"""A model as a step sees it. `ddp.py` and `fsdp.py` have those that are spread over several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dtrain.training.reduce import Sums
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One micro-batch's turn on a rank."""
+
+    index: int
+    """The micro-batch's number in the step's list."""
+    length: int
+    """Of that list."""
+    first: bool
+    """Of this rank's turns in the step."""
+    last: bool
+    """Likewise: with it the gradients are summed over the ranks."""
+    spare: int = 0
+    """How many turns more other ranks have."""
+
+
+class Wrapped:
+    """A model that is on one rank, or whose gradients need no sum.
+
+    :param exact: whether gradients are added in the order of `reduce`.
+    :ivar module: what the user calls.
+    """
+
+    def __init__(self, module: nn.Module, *, exact: bool = False) -> None:
+        self.module = module
+        self.exact = exact
+        self._turn = Turn(0, 1, first=True, last=True)
+        self._sums = Sums(1)
+
+    def begin(self, turn: Turn) -> None:
+        """Before a micro-batch's forward pass."""
+        self._turn = turn
+        if turn.first:
+            self._sums = Sums(turn.length)
+
+    def end(self) -> None:
+        """After its backward pass. After the last one, the gradients are sums over the whole list."""
+        if not self.exact:
+            return
+        parameters = self._trained()
+        self._keep(parameters)
+        if self._turn.last:
+            for parameter, gradient in zip(parameters, self._sums.total(), strict=True):
+                parameter.grad = gradient
+
+    def check(self) -> None:
+        """:raises RuntimeError: some parameters got no gradient, and the ranks can't add them up."""
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _keep(self, parameters: list[nn.Parameter]) -> None:
+        """Take a micro-batch's gradients away from the parameters, for the next one's not to be added to them."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self._sums.add(self._turn.index, self._turn.index + 1, gradients)
