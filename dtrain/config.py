@@ -109,8 +109,8 @@ class Config:
     groups of ranks that have a part each (HSDP); `"none"` is for a single process. It may change between starts."""
 
     shard_size: int | None = None
-    """For HSDP: how many ranks share a copy, by default those of a node. Where it doesn't divide the number of ranks,
-    the next smaller number that does."""
+    """For HSDP: how many ranks share a copy, by default those of a node, and 2 at least. Where it doesn't divide the
+    number of ranks, the next larger number that does."""
 
     tensor_parallel: int = 1
     """How many ranks compute a micro-batch together, by the function that `run.parallelize` is given for it. With FSDP
@@ -276,8 +276,8 @@ class Config:
                 f"activation_checkpointing={how!r} must be 'none', 'full', 'selective', or a number: 2 is every second "
                 "block"
             )
-        if self.shard_size is not None and (self.parallel != "hsdp" or not _is_count(self.shard_size)):
-            raise ConfigError(f"shard_size={self.shard_size!r} must be a number of ranks, with parallel='hsdp'")
+        if self.shard_size is not None and (self.parallel != "hsdp" or not _is_count(self.shard_size, 2)):
+            raise ConfigError(f"shard_size={self.shard_size!r} must be 2 ranks or more, with parallel='hsdp'")
         if not _is_count(self.tensor_parallel):
             raise ConfigError(f"tensor_parallel={self.tensor_parallel!r} must be a number of ranks, 1 or more")
         for name in ("cpu_offload", "tensor_parallel"):
@@ -311,5 +311,5 @@ class Config:
             )
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed.checkpoint.planner_helpers as dcp_helpers
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dtrain.errors import StateError
@@ -53,10 +54,20 @@ def owners(tensors: Mapping[str, torch.Tensor], world_size: int) -> dict[str, in
     return owners
 
 
+def in_first_copy(mesh: DeviceMesh) -> bool:
+    """Whether a mesh, if it is a part of a larger one, is the first of those that hold the same: such as the norms of a
+    model whose other layers are spread over the larger mesh's last dimension as well."""
+    whole = mesh._get_root_mesh()
+    place, names = whole.get_coordinate(), whole.mesh_dim_names
+    if whole is mesh or place is None or names is None:
+        return True
+    return not any(at for at, name in zip(place, names, strict=True) if name not in (mesh.mesh_dim_names or ()))
+
+
 def _writes_shard(name: str, tensor: DTensor) -> bool:
     """Of the ranks that hold the same shard, one writes it."""
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
+    if coordinate is None or not in_first_copy(tensor.device_mesh):
         return False
     if tensor.numel() == 0:
         return not any(coordinate)

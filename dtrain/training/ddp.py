@@ -53,7 +53,7 @@ class Replicated(Wrapped):
         for bucket, pending in self._sent:
             segment = pending.segment()
             whole = segment.new_empty(segment.numel() * dist.get_world_size())
-            work = dist.all_gather_into_tensor(whole, segment, async_op=True)
+            work = dist.all_gather(list(whole.view(-1, segment.numel())), segment, async_op=True)
             gathered.append((bucket, whole, work))
         self._sent.clear()
         for bucket, whole, work in gathered:

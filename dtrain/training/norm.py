@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from dtrain.checkpoint.plan import in_first_copy
+
 
 def local_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """What this rank has of each."""
@@ -75,8 +77,6 @@ def _first_copy(gradient: torch.Tensor) -> bool:
     mesh = gradient.device_mesh
     place = mesh.get_coordinate()
     assert place is not None
-    # A mesh without rank 0 is one of several that hold the same: of ranks that share their micro-batches.
-    first = int(mesh.mesh.flatten()[0]) == 0
-    return first and all(
+    return in_first_copy(mesh) and all(
         at == 0 for at, kind in zip(place, gradient.placements, strict=True) if isinstance(kind, Replicate)
     )

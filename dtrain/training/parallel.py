@@ -25,7 +25,8 @@ Hook = Callable[[nn.Module, DeviceMesh], nn.Module]
 class Parallel:
     """The ranks, as a mesh, and the models that were spread over it. All ranks must make it.
 
-    :param shard_size: how many ranks at most share a copy under HSDP.
+    :param shard_size: how many ranks share a copy under HSDP, or more where it doesn't divide their number: a part
+        never gets larger than it was meant to be.
     :ivar rank: this rank's number among those that have micro-batches of their own.
     :ivar world_size: how many those are.
     :ivar counts: whether this is the rank that counts what its group of tensor-parallel ranks computes.
@@ -49,12 +50,10 @@ class Parallel:
         self.exact = config.reduction == "exact"
         self._shards = self.world_size
         if config.parallel == "hsdp":
-            self._shards = max(n for n in range(1, min(shard_size, ranks) + 1) if self.world_size % n == 0)
-        self.kind = config.parallel
-        if self.kind == "hsdp" and self._shards == 1 and self.world_size > 1 and tensor == 1:
-            self.kind = "ddp"  # every rank has a copy
+            least = min(max(2, shard_size), self.world_size)
+            self._shards = min(n for n in range(least, self.world_size + 1) if self.world_size % n == 0)
         self.mesh: DeviceMesh | None = None
-        if self.kind in ("fsdp", "hsdp"):
+        if config.parallel in ("fsdp", "hsdp"):
             sizes = {"replicate": self.world_size // self._shards, "shard": self._shards, "tensor": tensor}
             if sizes["replicate"] == 1:
                 del sizes["replicate"]
@@ -93,6 +92,13 @@ class Parallel:
         else:
             wrapped = self._replicated(model, filler)
         self.models.append(wrapped)
+        uneven = config.micro_batches % self.world_size
+        if uneven and sum(isinstance(each, Sharded) for each in self.models) > 1:
+            # A spare pass goes through one model; the collectives of another would be left out.
+            raise UsageError(
+                f"{config.micro_batches} micro-batches on {self.world_size} ranks: with more than one sharded model "
+                "each rank needs as many; change global_batch or the number of ranks, or take parallel='ddp'"
+            )
         return wrapped.module
 
     def _replicated(self, model: nn.Module, filler: Filler) -> Wrapped:

@@ -100,8 +100,8 @@ class Step:
         set_generators(self._seed, self.number, "update")
 
     def _turn(self, index: int) -> Turn:
-        mine, ranks = self._block, self._parallel.world_size
-        longest = -(-self._list // ranks)
+        mine = self._block
+        longest = -(-self._list // self._parallel.world_size)
         return Turn(index, self._list, index == mine[0], index == mine[-1], longest - len(mine))
 
     def backward(self, loss: torch.Tensor, *, count: int) -> None:
