@@ -26,7 +26,8 @@ class Evidence:
     """All that two runs are compared by."""
 
     digests: dict[int, dict[str, str]]
-    """By rank: SHA-256 of the weights, of the optimizer's state and of the schedule's."""
+    """By rank: SHA-256 of the parameters, of the weights with their buffers, of the optimizer's state, and of the
+    schedule's."""
     ids: list[list[int]]
     """The samples of each step, in the order of the list of micro-batches."""
     losses: list[float]

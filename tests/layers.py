@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,12 @@ def samples() -> TensorDataset:
     return TensorDataset(torch.randn(SAMPLES, FEATURES, generator=generator), torch.arange(SAMPLES) % CLASSES)
 
 
-def curve(root: Path, steps: int, model: nn.Module | None = None, blocks: Any = None, **options: Any) -> Curve:
+def curve(root: Path, steps: int, model: Callable[[], nn.Module] = Net, blocks: Any = None, **options: Any) -> Curve:
     """Train for so many steps in all, from where the folder stands. All ranks must reach it."""
     options = {"global_batch": 12, "micro_batch": 2} | options
     losses, norms = [], []
     with opened(root, **options) as run:
-        net = run.parallelize(Net() if model is None else model, blocks=blocks)
+        net = run.parallelize(model(), blocks=blocks)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, weight_decay=0.1)
         data = run.data(samples())
         run.track(model=net, optimizer=optimizer)

@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SAMPLES = 101
 """A prime: no epoch ends with a step."""
@@ -50,6 +50,8 @@ class Options:
     local: str = ""
     """What can't be on a bucket."""
     local_save_every: int | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    reduction: Literal["fast", "exact"] = "fast"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -60,6 +62,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
     from torch import nn
+    from torch.distributed.tensor import DTensor
     from torch.nn import functional as F
 
     import dtrain
@@ -115,15 +118,17 @@ def main() -> None:
                 step.backward(loss, count=len(ids))
             step.update(optimizer, schedule, clip=0.5)
             time.sleep(options.step_s)
+        bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         result = {
-            "weights": digest(model.module if run.world_size > 1 else model),
-            "optimizer": digest(optimizer),
-            "schedule": digest(schedule),
+            "parameters": digest(dict(bare.named_parameters())),
+            "weights": digest(bare.state_dict()),
+            "optimizer": digest(optimizer.state_dict()),
+            "schedule": digest(schedule.state_dict()),
         }
         (evidence / f"result-{run.rank}.json").write_text(json.dumps(result))
 
     def digest(value: Any) -> str:
-        """SHA-256 of a state: of every tensor's bytes, and of every number's exact text."""
+        """SHA-256 of a state: of every tensor's bytes, and of every number's exact text. All ranks must reach it."""
         found = hashlib.sha256()
 
         def add(path: str, part: Any) -> None:
@@ -134,12 +139,13 @@ def main() -> None:
                 for index, item in enumerate(part):
                     add(f"{path}.{index}", item)
             elif isinstance(part, torch.Tensor):
+                part = part.full_tensor() if isinstance(part, DTensor) else part
                 found.update(f"{path} {part.dtype} {tuple(part.shape)}\n".encode())
                 found.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
             else:
                 found.update(f"{path} {part!r}\n".encode())
 
-        add("", value.state_dict())
+        add("", value)
         return found.hexdigest()
 
     dtrain.launch(
@@ -153,6 +159,8 @@ def main() -> None:
             timeout_s=60,
             local_dir=options.local,
             local_save_every=options.local_save_every,
+            parallel=options.parallel,
+            reduction=options.reduction,
         ),
     )
 
