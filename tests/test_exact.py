@@ -16,8 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dtrain.training.data import block
 from dtrain.training.norm import exact_norm
+from dtrain.training.order import block
 from dtrain.training.reduce import Pending, Sums, spans
 from tests import evidence, kills
 from tests.jobs import start

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.training.data import block, permute
+from dtrain.training.order import block, permute
 from tests.saving import bits
 from tests.training import built, opened, train
 from tests.world import alone, in_world

@@ -16,7 +16,7 @@ from torch import nn
 
 import dtrain
 from dtrain.errors import UsageError
-from dtrain.training.data import permute
+from dtrain.training.order import permute
 from tests.saving import commits
 from tests.training import SAMPLES, built, dataset, largest_difference, opened, train
 from tests.world import alone, errors, in_world

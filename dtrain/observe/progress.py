@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
 from dtrain.observe.events import say
 
 _LOG_EVERY_S = 30.0
+
+
+def bytes_bar(total: int | None, what: str) -> tqdm[Any]:
+    """For what is copied: on a terminal only."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
 class Progress:

@@ -1,27 +1,34 @@
 """Which samples a step is made of, and how they get there.
 
-The samples of all epochs are one endless sequence: epoch after epoch, each in an order of its own. Step `s` uses the
-positions from `(s - 1) * global_batch` on, so a batch may reach into the next epoch, every sample is used once an
-epoch, and the number of samples consumed is all that a checkpoint has to remember.
+Step `s` uses the positions from `(s - 1) * global_batch` on of the endless sequence of all epochs (see `order`), so a
+batch may reach into the next epoch, every sample is used once an epoch, and the number of samples consumed is all that
+a checkpoint has to remember.
+
+The random numbers that a sample is made with, by an augmentation for instance, follow from its position in that
+sequence: they are the same in whichever process it is loaded, and next to whichever others.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
-from torch.utils.data import default_collate
 
 from dtrain.config import Config
 from dtrain.errors import DataError
-from dtrain.training.random import derive, set_generators
+from dtrain.training.loader import Loader
+from dtrain.training.order import Ids, Order, block
+from dtrain.training.random import set_generators
 
-Ids = npt.NDArray[np.int64]
+Collate = Callable[[list[Any]], Any]
+"""Makes a batch of a list of samples."""
+
+Places = list[tuple[int, int]]
+"""Of the samples of a batch: position in the sequence, and number in the data set."""
 
 
 class Dataset(Protocol):
@@ -32,12 +39,33 @@ class Dataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class Data:
-    """A data set in the order in which a run uses it.
+class Data(Protocol):
+    """Where the micro-batches of a rank come from."""
+
+    name: str
+
+    def batches(self, step: int, micro_batches: range) -> Iterator[Any]:
+        """Some of a step's, in order, on the run's device. Steps count from 1, micro-batches from 0."""
+
+    def epoch_after(self, step: int) -> int:
+        """Whole epochs that have been used after so many steps."""
+
+    def position(self) -> Any:
+        """What a checkpoint keeps of it. All ranks must reach it."""
+
+    def restore(self, saved: Any) -> None:
+        """:raises DataError: it can't go on from there."""
+
+    def close(self) -> None:
+        """End what works for it in the background."""
+
+
+class MapData:
+    """A map-style data set in the order in which a run uses it.
 
     :param name: for messages.
-    :param collate: makes a batch of a list of samples.
     :param shuffle: False keeps the data set's own order in every epoch.
+    :param workers: processes that load samples ahead; 0 loads them in the loop.
     :raises DataError: the data set is empty, or smaller than a global batch.
     """
 
@@ -46,115 +74,160 @@ class Data:
         dataset: Dataset,
         config: Config,
         device: torch.device,
-        name: str = "data",
-        collate: Callable[[list[Any]], Any] = default_collate,
+        name: str,
+        collate: Collate,
+        *,
         shuffle: bool = True,
+        workers: int = 0,
+        for_training: bool = True,
     ) -> None:
-        if not callable(getattr(dataset, "__len__", None)) or not callable(getattr(dataset, "__getitem__", None)):
-            raise DataError(
-                f"{name}: a {type(dataset).__qualname__} has no __len__ and __getitem__; dtrain needs a map-style "
-                "data set, since the order of the samples must not depend on the number of ranks"
-            )
         self.name = name
-        self._dataset = dataset
-        self._length = len(dataset)
+        self.samples = Samples(dataset, collate, config.seed)
         self._config = config
         self._device = device
-        self._collate = collate
-        self._shuffle = shuffle
-        if self._length == 0:
+        self._workers = workers
+        self._loader: Loader | None = None
+        length = len(dataset)
+        self.order = Order(length, config.seed, shuffle)
+        if length == 0:
             raise DataError(f"{name}: the data set is empty; check the path or the filter that made it")
-        if self._length < config.global_batch:
+        if for_training and length < config.global_batch:
             raise DataError(
-                f"{name}: the data set has {self._length} samples, less than one step's "
+                f"{name}: the data set has {length} samples, less than one step's "
                 f"global_batch={config.global_batch}; add data or make global_batch smaller"
             )
 
     def epoch_after(self, step: int) -> int:
-        """Whole epochs that have been used after so many steps."""
-        return step * self._config.global_batch // self._length
+        return step * self._config.global_batch // self.order.length
 
     def ids(self, step: int, micro_batches: range) -> Ids:
-        """The samples of some of a step's micro-batches, a row for each. Steps count from 1, micro-batches from 0."""
-        config = self._config
-        first = (step - 1) * config.global_batch
-        positions = np.arange(
-            first + micro_batches.start * config.micro_batch, first + micro_batches.stop * config.micro_batch
-        )
-        ids = positions % self._length
-        if self._shuffle:
-            epochs = positions // self._length
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-                here = epochs == epoch
-                ids[here] = permute(ids[here], self._length, derive(config.seed, "order", epoch))
-        return ids.reshape(len(micro_batches), config.micro_batch)
+        """The samples of some of a step's micro-batches, a row for each."""
+        return self.order.ids(*self._positions(step, micro_batches)).reshape(-1, self._config.micro_batch)
 
-    def load(self, ids: Ids) -> Any:
-        """The batch of these samples, on the run's device."""
-        batched = getattr(self._dataset, "__getitems__", None)
-        samples = batched(ids.tolist()) if batched else [self._dataset[index] for index in ids.tolist()]
-        return _to(self._collate(samples), self._device)
+    def batches(self, step: int, micro_batches: range) -> Iterator[Any]:
+        if self._workers:
+            if self._loader is None or not self._loader.is_at(step, micro_batches):
+                self.close()
+                self._loader = Loader(self, step, micro_batches, self._workers, pin=self._device.type == "cuda")
+            batches: Iterator[Any] = self._loader.take(step)
+        else:
+            batches = map(self.samples.batch, self.places(step, micro_batches))
+        for batch in batches:
+            yield to_device(batch, self._device)
 
-    def fingerprint(self) -> str:
+    def places(self, step: int, micro_batches: range) -> Iterator[Places]:
+        first, end = self._positions(step, micro_batches)
+        rows = np.stack((np.arange(first, end), self.order.ids(first, end)), axis=1)
+        for row in rows.reshape(-1, self._config.micro_batch, 2):
+            yield list(map(tuple, row.tolist()))
+
+    def _positions(self, step: int, micro_batches: range) -> tuple[int, int]:
+        first, size = (step - 1) * self._config.global_batch, self._config.micro_batch
+        return first + micro_batches.start * size, first + micro_batches.stop * size
+
+    def once(self, rank: int, world_size: int) -> list[Ids]:
+        """All samples once, in their own order, shared out over the ranks: this rank's batches.
+
+        They are of `micro_batch` samples, or of less if there would be ranks without any.
+
+        :raises DataError: there are less samples than ranks.
+        """
+        length, size = self.order.length, self._once_size(world_size)
+        mine = block(-(-length // size), rank, world_size)
+        return [np.arange(number * size, min(length, (number + 1) * size)) for number in mine]
+
+    def longest_once(self, world_size: int) -> int:
+        """The most batches that a rank gets by it."""
+        batches = -(-self.order.length // self._once_size(world_size))
+        return -(-batches // world_size)
+
+    def _once_size(self, world_size: int) -> int:
+        if self.order.length < world_size:
+            raise DataError(
+                f"{self.name}: {self.order.length} samples can't be shared out over {world_size} ranks; add some"
+            )
+        return min(self._config.micro_batch, self.order.length // world_size)
+
+    def load_once(self, ids: Ids) -> Any:
+        """A batch of `once`."""
+        return to_device(self.samples.batch([(~index, index) for index in ids.tolist()]), self._device)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return self.samples.fingerprint()
+
+    def position(self) -> str:
         """Tells this data set from another: its length, and what its first, middle and last sample hold.
 
         A data set can define `fingerprint()` itself, if it knows a better way.
         """
-        own = getattr(self._dataset, "fingerprint", None)
+        return self._fingerprint
+
+    def restore(self, saved: Any) -> None:
+        now = self.position()
+        if saved != now:
+            raise DataError(
+                f"{self.name}: the data set is not the one that the checkpoint was made with (fingerprint "
+                f"{saved}, now {now}; it begins with the number of samples). Bring the data back, or "
+                "start in another run folder"
+            )
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+
+class Samples:
+    """Loads batches, here or in a worker process."""
+
+    def __init__(self, dataset: Dataset, collate: Collate, seed: int) -> None:
+        self._dataset = dataset
+        self.collate = collate
+        self._seed = seed
+
+    def batch(self, places: Places) -> Any:
+        """Of these samples, in the memory of the host."""
+        return self.collate(self.__getitems__(places))
+
+    def __getitems__(self, places: Places) -> list[Any]:
+        batched = getattr(self._dataset, "__getitems__", None)
+        if batched is not None:
+            set_generators(self._seed, "sample", places[0][0])
+            found: list[Any] = batched([index for _, index in places])
+            return found
+        return [self._one(position, index) for position, index in places]
+
+    def _one(self, position: int, index: int) -> Any:
+        set_generators(self._seed, "sample", position)
+        return self._dataset[index]
+
+    def fingerprint(self) -> str:
+        own, length = getattr(self._dataset, "fingerprint", None), len(self._dataset)
         if callable(own):
-            return f"{self._length}-{own()}"
+            return f"{length}-{own()}"
         state = xxhash.xxh3_64()
-        for index in sorted({0, self._length // 2, self._length - 1}):
+        for index in sorted({0, length // 2, length - 1}):
             set_generators("fingerprint", index)  # an augmentation shows the same face each time
             _hash_sample(state, self._dataset[index])
-        return f"{self._length}-{state.hexdigest()}"
+        return f"{length}-{state.hexdigest()}"
 
 
-def block(length: int, rank: int, world_size: int) -> range:
-    """The part of a list that falls to a rank: contiguous, and of equal length but for one."""
-    return range(rank * length // world_size, (rank + 1) * length // world_size)
+def is_map_style(dataset: object) -> TypeGuard[Dataset]:
+    """Whether samples can be asked for by number."""
+    return callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
 
 
-def permute(positions: Ids, length: int, key: int, rounds: int = 8) -> Ids:
-    """Where a permutation of `range(length)` takes each of `positions`, without a table of it.
-
-    A balanced Feistel network permutes the next larger power of four; what falls outside the range is sent through
-    again until it is inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Its
-    round function is multiplicative hashing: the highest bits of a product (Knuth, TAOCP volume 3, 6.4).
-
-    :param key: another one gives another permutation.
-    """
-    half = max(3, ((length - 1).bit_length() + 1) // 2)
-    shift, high, mask = np.uint64(half), np.uint64(64 - half), np.uint64((1 << half) - 1)
-    keys = _round_keys(key, rounds)
-    out = positions.astype(np.uint64)
-    outside = np.ones(len(out), dtype=bool)
-    while outside.any():
-        left, right = out[outside] >> shift, out[outside] & mask
-        for addend, factor in keys:
-            left, right = right, left ^ (((right + addend) * factor) >> high)
-        out[outside] = (left << shift) | right
-        outside = out >= length
-    return out.astype(np.int64)
-
-
-@functools.lru_cache
-def _round_keys(key: int, rounds: int) -> list[tuple[np.uint64, np.uint64]]:
-    return [
-        (np.uint64(derive(key, "addend", number)), np.uint64(2 * derive(key, "factor", number) + 1))
-        for number in range(rounds)
-    ]
-
-
-def _to(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if device.type == "cpu":
         return batch
     if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        moved = [_to(value, device) for value in batch]
+        moved = [to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 

@@ -58,6 +58,9 @@ class Sharded(Wrapped):
             self._spare = turn.spare
         self._root.set_requires_gradient_sync(turn.last or self.exact)
 
+    def look(self, spare: int) -> None:
+        self._spare = spare
+
     def end(self) -> None:
         if self.exact and not self._turn.last:
             self._drop()
@@ -67,7 +70,7 @@ class Sharded(Wrapped):
             parameter.grad = None
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._spare and torch.is_grad_enabled():
+        if self._spare:
             passes, self._spare = self._spare, 0
             for _ in range(passes):
                 self._spare_pass(args, kwargs)
@@ -80,7 +83,8 @@ class Sharded(Wrapped):
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             out = pytree.tree_leaves(self.module(*args, **kwargs))
             reached = [leaf for leaf in out if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
+            if reached:
+                torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
         for buffer, before in zip(self.module.buffers(), buffers, strict=True):
             buffer.copy_(before)
         self.is_spare = False

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from dtrain.training.data import block
+from dtrain.training.order import block
 
 
 class Node(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,7 @@ from dtrain.elastic.supervisor import Life
 from dtrain.errors import DataError, UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
-from dtrain.training.data import Data, Dataset
+from dtrain.training.data import Collate, Data, Dataset, MapData, is_map_style
 from dtrain.training.exactness import inexact_parts, make_deterministic
 from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
@@ -35,6 +35,7 @@ from dtrain.training.parallel import Hook, Parallel, same_buffers
 from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
 from dtrain.training.step import Flags, Step
+from dtrain.training.stream import Stream
 
 
 class Run:
@@ -125,30 +126,68 @@ class Run:
         """
         return self._parallel.wrap(model, blocks, tensor_parallel)
 
+    @property
+    def scaler(self) -> GradScaler | None:
+        """With `precision="fp16"`: what scales the losses, if none of the user's own is tracked."""
+        return self._precision.scaler
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's precision, for forward passes outside of `step.micro_batches`, where it holds anyway."""
         return self._precision.autocast()
 
     def data(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Iterable[Any],
         *,
-        collate: Callable[[list[Any]], Any] = default_collate,
+        collate: Collate = default_collate,
         shuffle: bool = True,
+        workers: int = 0,
         name: str = "data",
     ) -> Data:
         """A data set in the order in which this run uses it, to be given to `step.micro_batches`.
 
-        :param dataset: map-style; `dataset[i]` is a sample.
+        :param dataset: map-style: `dataset[i]` is a sample; random numbers that it draws follow from the sample's
+            place in the training. Or an iterable one with `state_dict` and `load_state_dict`, which is in charge of
+            its order itself: its run can go on only with as many ranks as before.
         :param collate: makes a batch of a list of samples.
         :param shuffle: False keeps the data set's own order.
+        :param workers: processes of each rank that load samples ahead; 0 loads them in the loop.
         :param name: tells several data sets apart.
-        :raises DataError: it is empty, or smaller than a global batch.
+        :raises DataError: it is empty, smaller than a global batch, or has no state that could be saved.
         """
         if name in self._data:
             raise UsageError(f"data(name={name!r}) was called before; give each data set a name of its own")
-        self._data[name] = Data(dataset, self.config, self.device, name, collate, shuffle)
-        return self._data[name]
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise UsageError(f"data(workers={workers!r}) must be a number of processes, 0 or more")
+        if is_map_style(dataset):
+            data: Data = MapData(dataset, self.config, self.device, name, collate, shuffle=shuffle, workers=workers)
+        else:
+            if workers:
+                raise UsageError(
+                    f"data(workers={workers}): an iterable data set loads by itself; give it workers of its own"
+                )
+            data = Stream(dataset, self.config, self.device, name, collate)
+        self._data[name] = data
+        return data
+
+    def once(self, dataset: Dataset, *, collate: Collate = default_collate, name: str = "validation") -> Iterator[Any]:
+        """This rank's batches of a data set of which all ranks together take each sample once: for validation.
+
+        All ranks must reach it, and go through it to its end. Random numbers follow from the sample; the training's
+        are as if nothing had been drawn.
+
+        :param name: for messages.
+        :raises DataError: it has less samples than there are ranks.
+        """
+        data = MapData(dataset, self.config, self.device, name, collate, for_training=False)
+        batches = data.once(self._parallel.rank, self._parallel.world_size)
+        longest = data.longest_once(self._parallel.world_size)
+        with self._precision.autocast():
+            for number, ids in enumerate(batches):
+                if number == 0:
+                    for model in self._parallel.models:
+                        model.look(longest - len(batches))
+                yield data.load_once(ids)
 
     def track(self, **objects: Any) -> None:
         """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
@@ -292,6 +331,8 @@ class Run:
                     "save_every is shorter than a save takes"
                 )
                 self._schedule.skipped = 0
+        for data in self._data.values():
+            data.close()
         if self._progress is not None:
             self._progress.close()
         if self._metrics is not None:
@@ -330,14 +371,16 @@ class Run:
             generation=self._generation,
             epoch=self._manager.epoch,
         )
-        fingerprints: list[Any] = [None] * self.world_size
-        dist.all_gather_object(fingerprints, {name: data.fingerprint() for name, data in self._data.items()})
-        for rank, other in enumerate(fingerprints):
-            if other != fingerprints[0]:
+        positions: list[Any] = [None] * self.world_size
+        dist.all_gather_object(positions, self._positions())
+        for rank, other in enumerate(positions):
+            if other != positions[0]:
                 raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")
         restored = self._manager.restore(self._state)
         if restored is not None:
-            self._check_data(restored.position["data"])
+            for name, saved in restored.position["data"].items():
+                if name in self._data:
+                    self._data[name].restore(saved)
             self._done = self._page.restored = restored.step
             self._saved = restored.step if restored.committed else -1
         if self.is_first:
@@ -349,18 +392,11 @@ class Run:
             "step": self._done,
             "samples": self._done * self.config.global_batch,
             "config": {name: getattr(self.config, name) for name in SAME_BITS},
-            "data": {name: data.fingerprint() for name, data in self._data.items()},
+            "data": self._positions(),
         }
 
-    def _check_data(self, saved: dict[str, str]) -> None:
-        for name, data in self._data.items():
-            now = data.fingerprint()
-            if saved.get(name, now) != now:
-                raise DataError(
-                    f"{name}: the data set is not the one that the checkpoint was made with (fingerprint "
-                    f"{saved[name]}, now {now}; it begins with the number of samples). Bring the data back, or "
-                    "start in another run folder"
-                )
+    def _positions(self) -> dict[str, Any]:
+        return {name: data.position() for name, data in sorted(self._data.items())}
 
     def _epoch_after(self, step: int) -> int:
         return max((data.epoch_after(step) for data in self._data.values()), default=0)

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from dtrain.errors import UsageError
-from dtrain.training.data import Data, block
+from dtrain.training.data import Data
 from dtrain.training.exchange import MOST, Exchange, Totals
 from dtrain.training.norm import exact_norm, local_parts, total_norm
+from dtrain.training.order import block
 from dtrain.training.parallel import Parallel
 from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
@@ -78,12 +79,13 @@ class Step:
         set_generators(seed, number, "step")
 
     def micro_batches(self, data: Data) -> Iterator[Any]:
-        """The batches of this rank's block. Random numbers in the loop's body follow from the micro-batch alone."""
+        """The batches of this rank's block. Random numbers in the loop's body follow from the micro-batch alone.
+
+        :param data: from `run.data`.
+        """
         if self._backwards:
             raise UsageError(f"step {self.number}: micro_batches was gone through before; do so once a step")
-        for index, ids in zip(self._block, data.ids(self.number, self._block), strict=True):
-            set_generators(self._seed, self.number, index, "data")
-            batch = data.load(ids)
+        for index, batch in zip(self._block, data.batches(self.number, self._block), strict=True):
             set_generators(self._seed, self.number, index)
             turn = self._turn(index)
             for model in self._parallel.models:

@@ -55,6 +55,9 @@ class Wrapped:
             for parameter, gradient in zip(parameters, self._sums.total(), strict=True):
                 parameter.grad = gradient
 
+    def look(self, spare: int) -> None:
+        """Before passes without gradients, of which some ranks have so many more than this one."""
+
     def check(self) -> None:
         """:raises RuntimeError: some parameters got no gradient, and the ranks can't add them up."""
 
