@@ -44,7 +44,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dtrain.examples.gpt import GPT, Windows, collate, read_corpus, warmup_cosine
+from dtrain.examples.corpus import Windows, collate, read_corpus
+from dtrain.examples.gpt import warmup_cosine
+from dtrain.examples.transformer import GPT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import dtrain
-from dtrain.examples.gpt import GPT, Windows, collate, read_corpus, warmup_cosine
+from dtrain.examples.corpus import Windows, collate, read_corpus
+from dtrain.examples.gpt import warmup_cosine
+from dtrain.examples.transformer import GPT
 
 LAYERS = {"small": 2, "medium": 4, "large": 6}
 """With two processes on two cores, steps of roughly 60, 120 and 170 ms."""

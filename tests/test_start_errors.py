@@ -94,7 +94,10 @@ def test_more_ranks_than_micro_batches_are_refused_on_all_and_said_once(tmp_path
     [
         (("--samples", 0), "data: the data set is empty; check the path or the filter that made it"),
         (("--samples", 7), "data: the data set has 7 samples, less than one step's global_batch=8; add data or make"),
-        (("--iterable",), "data: a Endless has no __len__ and __getitem__; dtrain needs a map-style data set"),
+        (
+            ("--iterable",),
+            "data: a Endless is no map-style data set (with __len__ and __getitem__), and as an",
+        ),
     ],
 )
 def test_a_data_set_that_can_not_be_trained_on_is_refused(

@@ -27,6 +27,7 @@ from dtrain.cli.torchrun import Torchrun
 from dtrain.cli.weights import last_tensors, sha256
 from dtrain.errors import ConfigError
 from dtrain.examples import gpt
+from dtrain.examples.corpus import Windows, read_corpus
 from dtrain.observe.events import say
 from dtrain.observe.report import Failure, History, history, losses
 
@@ -117,9 +118,9 @@ class Demo:
         most = defaults.global_batch // defaults.micro_batch
         if self.nproc > most:
             raise ConfigError(f"--nproc {self.nproc}: a step has {most} micro-batches to share; take {most} or fewer")
-        windows = len(gpt.Windows(gpt.read_corpus(self.data), defaults.context))
+        windows = len(Windows(read_corpus(self.data), defaults.size.context))
         if windows < defaults.global_batch:
-            least = defaults.global_batch * defaults.context + 1
+            least = defaults.global_batch * defaults.size.context + 1
             raise ConfigError(f"--data: too little text, {windows} windows; a step needs {least} bytes or more")
 
     @contextlib.contextmanager

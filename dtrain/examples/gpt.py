@@ -1,9 +1,9 @@
 """A byte-level GPT, trained with dtrain.
 
-The model reads bytes and predicts the next one: 256 words, no tokenizer, about a million parameters. It is
-small enough for two CPU cores, and all that matters is in it: dropout, gradient accumulation, clipping, a
-schedule. Without --data it learns the source of Python's standard library, which every machine has. The loss
-falls from 5.5 to about 2.1 nats a byte in 300 steps.
+The model reads bytes and predicts the next one: 256 words, no tokenizer. By default it has about a million parameters,
+is small enough for two CPU cores, and all that matters is in it: dropout, gradient accumulation, clipping, a schedule.
+Without --data it learns the source of Python's standard library, which every machine has. The loss falls from 5.5 to
+about 2.1 nats a byte in 300 steps.
 
 One process:
 
@@ -18,7 +18,12 @@ and ends with the weights that it would have had undisturbed. To train on someth
 
     python -m dtrain.examples.gpt --dir runs/notes --data notes/ letters.txt --steps 2000
 
-The file reads in the order of the work: options, text, windows, model, schedule, training, start.
+A larger one on the GPUs of a machine:
+
+    torchrun --standalone --nproc-per-node gpu -m dtrain.examples.gpt --model 1b --parallel fsdp --precision bf16 \
+        --compile --activation-checkpointing selective --global-batch 64 --micro-batch 4
+
+The text is read by corpus.py, the model is in transformer.py; this file has options, schedule, training, start.
 """
 
 from __future__ import annotations
@@ -26,27 +31,22 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import sysconfig
-from collections.abc import Iterable, Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import tyro
-import xxhash
-from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
 
 import dtrain
 from dtrain.errors import ConfigError
-
-VOCABULARY = 256
-"""One word for each value that a byte can have."""
-
+from dtrain.examples.corpus import Windows, collate, read_corpus
+from dtrain.examples.transformer import GPT, SIZES, Size, operations_per_token, peak_of
 
 # --- Options: each is a flag of the same name, with dashes
 
@@ -63,6 +63,24 @@ class Options:
 
     data: tuple[Path, ...] = ()
     """Files and folders to learn from. Without any: the Python standard library's own source."""
+
+    model: Literal["1m", "10m", "30m", "125m", "350m", "1b"] = "1m"
+    """Size of the model, in parameters."""
+
+    layers: int | None = None
+    """Blocks of attention and MLP, one upon the other. This and the next three come with --model, unless given."""
+
+    heads: int | None = None
+    """Attention heads in a block. The width must be a multiple of twice as many."""
+
+    width: int | None = None
+    """Features that a position carries through the model."""
+
+    context: int | None = None
+    """Bytes that the model sees at once."""
+
+    dropout: float = 0.1
+    """Share of the features that a pass drops at random."""
 
     steps: int = 300
     """Steps to train for. The learning rate has come down at the last of them."""
@@ -88,198 +106,52 @@ class Options:
     clip: float = 1.0
     """Longest gradient that is let through, as a norm over all parameters."""
 
-    layers: int = 4
-    """Blocks of attention and MLP, one upon the other."""
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] = "ddp"
+    """How the model is spread over the processes: copies, parts (FSDP2), or copies in parts (HSDP)."""
 
-    heads: int = 4
-    """Attention heads in a block. The width must be a multiple of twice as many."""
+    shard_size: int | None = None
+    """For hsdp: how many processes share a copy. By default those of a machine."""
 
-    width: int = 128
-    """Features that a position carries through the model."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the passes."""
 
-    context: int = 128
-    """Bytes that the model sees at once."""
+    tf32: bool = False
+    """Let GPUs multiply fp32 numbers with 10 bits of mantissa."""
 
-    dropout: float = 0.1
-    """Share of the features that a pass drops at random."""
+    reduction: Literal["fast", "exact"] = "fast"
+    """How gradients are added up: exact gives the same bits on any number of processes."""
+
+    activation_checkpointing: Literal["none", "full", "selective"] | int = "none"
+    """Blocks that compute their activations again in the backward pass: all, what is cheap in all, or every k-th."""
+
+    compile: bool = False
+    """Compile the blocks."""
+
+    cpu_offload: bool = False
+    """For fsdp and hsdp on GPUs: keep parameters and the optimizer's state in the memory of the host."""
+
+    workers: int = 0
+    """Processes that read windows ahead, for each process that trains."""
 
     save_every: int | str = 50
     """From one checkpoint to the next: a number of steps, or a time such as 90s or 10m."""
 
+    local_save_every: int | str | None = None
+    """Where the run's folder is an URL: from one checkpoint in the local folder to the next."""
+
     keep_last: int = 3
     """Checkpoints that are kept, at least 2. Older ones are deleted."""
 
-
-# --- Text: any files, as one long array of bytes
-
-
-def standard_library(folder: Path) -> list[Path]:
-    """Every module of Python's standard library, sorted, without its tests and the installed packages."""
-    others = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [path for path in sorted(folder.rglob("*.py")) if others.isdisjoint(path.relative_to(folder).parts)]
-
-
-def text_files(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted, but for hidden ones and binaries: those with a NUL byte early on."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            with path.open("rb") as file:
-                if b"\0" not in file.read(8192):
-                    found.append(path)
-    return found
-
-
-def read_corpus(data: Sequence[Path] = ()) -> npt.NDArray[np.uint8]:
-    """Read all text into one array, file after file.
-
-    :param data: files, read as they are, and folders, of which all text is read. Empty: the standard library.
-    :raises ConfigError: one of them does not exist, cannot be read, or has not a byte of text in it.
-    """
-    parts: list[npt.NDArray[np.uint8]] = []
-    for source in data or [Path(sysconfig.get_path("stdlib"))]:
-        if not source.exists():
-            raise ConfigError(
-                f"--data {source}: there is no such file or folder (looked for {source.absolute()}); correct "
-                "the path, or leave --data out to train on Python's standard library"
-            )
-        try:
-            if not data:
-                files = standard_library(source)
-            elif source.is_dir():
-                files = text_files(source)
-            else:
-                files = [source]
-            read = [np.fromfile(file, dtype=np.uint8) for file in files]
-        except OSError as error:
-            raise ConfigError(f"--data {source}: {error}; make it readable, or name other text") from error
-        if not any(part.size for part in read):
-            raise ConfigError(
-                f"--data {source}: holds no text ({len(files)} files looked at; in a folder, hidden and "
-                "binary ones do not count); name a file or a folder that holds some"
-            )
-        parts += read
-    return np.concatenate(parts)
-
-
-# --- Windows: the samples
-
-
-class Windows(Dataset[Tensor]):
-    """The corpus, cut into windows of context + 1 bytes: the last byte of one is the first of the next.
-
-    :raises ConfigError: the corpus is too short for a single window.
-    """
-
-    def __init__(self, corpus: npt.NDArray[np.uint8], context: int) -> None:
-        if context < 1:
-            raise ConfigError(f"--context {context}: must be 1 or more; it is the bytes seen at once, such as 128")
-        if corpus.size < context + 1:
-            raise ConfigError(
-                f"--context {context}: one window takes {context + 1} bytes, and the text of --data has only "
-                f"{corpus.size}; name more text, or a --context of {max(corpus.size - 1, 1)} or less"
-            )
-        self.corpus = corpus
-        self.context = context
-
-    def __len__(self) -> int:
-        return (self.corpus.size - 1) // self.context
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """All samples of a batch in one go: where it exists, it is called in place of __getitem__."""
-        starts = np.asarray(indices, dtype=np.int64) * self.context
-        windows = self.corpus[starts[:, None] + np.arange(self.context + 1)]
-        return list(torch.from_numpy(windows))
-
-    def fingerprint(self) -> str:
-        """Tells this text from another of the same length; dtrain saves it with the position in the data."""
-        return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self.corpus).data)
-
-
-def collate(samples: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Make a batch of windows: what the model sees, and at each place the byte that comes next."""
-    windows = torch.stack(list(samples)).long()
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-# --- Model: a pre-norm transformer with rotary positions
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of features by the angle of its place: attention then sees how far apart places are."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1).type_as(x)
-
-
-class Block(nn.Module):
-    """Attention, then an MLP, each added to what came in."""
-
-    def __init__(self, *, heads: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width, bias=False)
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
-        self.attention_out = nn.Linear(width, width, bias=False)
-        self.mlp_norm = nn.LayerNorm(width, bias=False)
-        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
-        self.mlp_out = nn.Linear(4 * width, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
-        out: Tensor = x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
-        return out
-
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # (batch, time, 3 * width) -> three of (batch, heads, time, width / heads) -> (batch, time, width)
-        q, k, v = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
-        out: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
-class GPT(nn.Module):
-    """Bytes in, for each place the logits of the next byte out.
-
-    :raises ConfigError: the width cannot be shared out among the heads, or the dropout is no share.
-    """
-
-    def __init__(self, *, layers: int, heads: int, width: int, dropout: float) -> None:
-        super().__init__()
-        if heads < 1 or width < 1 or width % (2 * heads):
-            raise ConfigError(
-                f"--width {width} --heads {heads}: the width must be a multiple of twice the heads; "
-                "change one of them, such as --width 128 --heads 4"
-            )
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"--dropout {dropout}: must be 0 or more and less than 1, such as 0.1")
-        self.half_head = width // heads // 2
-        self.token = nn.Embedding(VOCABULARY, width)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(heads=heads, width=width, dropout=dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, bias=False)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
-        for name, parameter in self.named_parameters():
-            if name.endswith(("attention_out.weight", "mlp_out.weight", "head.weight")):
-                nn.init.zeros_(parameter)  # a block starts as the identity, all bytes as equally likely
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        # The angles are worked out anew each time: as a buffer, DDP would send them round before every pass.
-        place = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        speed = torch.arange(self.half_head, device=tokens.device, dtype=torch.float32) / self.half_head
-        angles = torch.outer(place, 10_000.0**-speed)
-        cos, sin = angles.cos(), angles.sin()
-        x = self.dropout(self.token(tokens))
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+    @property
+    def size(self) -> Size:
+        """Of the model."""
+        known = SIZES[self.model]
+        return Size(
+            known.layers if self.layers is None else self.layers,
+            known.heads if self.heads is None else self.heads,
+            known.width if self.width is None else self.width,
+            known.context if self.context is None else self.context,
+        )
 
 
 # --- Schedule: a linear rise, then half a cosine down to a tenth
@@ -302,13 +174,18 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup: int, steps: int) 
 
 def train(run: dtrain.Run, *, options: Options, corpus: npt.NDArray[np.uint8]) -> None:
     """Train from where the run stands to its last step. Every process calls it, and again after a fault."""
-    o = options
-    model = run.parallelize(GPT(layers=o.layers, heads=o.heads, width=o.width, dropout=o.dropout))
+    o, size = options, options.size
+    with torch.device("meta"):  # it gets its memory and its values block by block, when it is spread
+        bare = GPT(layers=size.layers, heads=size.heads, width=size.width, dropout=o.dropout)
+    operations = operations_per_token(bare, layers=size.layers, width=size.width, context=size.context)
+    model = run.parallelize(bare)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
     schedule = warmup_cosine(optimizer, warmup=o.warmup, steps=o.steps)
-    data = run.data(Windows(corpus, o.context), collate=collate)
+    data = run.data(Windows(corpus, size.context), collate=collate, workers=o.workers)
     run.track(model=model, optimizer=optimizer, schedule=schedule)
+    peak = peak_of(run.device, o.precision)
 
+    clock = time.perf_counter()
     for step in run.steps(o.steps):
         lr = schedule.get_last_lr()[0]
         for x, y in step.micro_batches(data):
@@ -316,7 +193,12 @@ def train(run: dtrain.Run, *, options: Options, corpus: npt.NDArray[np.uint8]) -
             loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum")
             step.backward(loss, count=y.numel())
         step.update(optimizer, schedule, clip=o.clip)
-        step.log(lr=float(lr))
+        # The last step's: this one's end isn't waited for on a GPU.
+        clock, seconds = time.perf_counter(), time.perf_counter() - clock
+        speed = step.totals.count / seconds
+        step.log(lr=float(lr), tokens_per_s=speed)
+        if peak is not None:
+            step.log(mfu=speed * operations / (peak * run.world_size))
 
 
 # --- Start
@@ -327,17 +209,27 @@ def start(options: Options) -> None:
     # The text is read before the launch. Every trainer is a fork of this process and finds the array in the
     # memory that it inherits: a trainer that takes a dead one's place reads and copies nothing.
     corpus = read_corpus(options.data)
-    Windows(corpus, options.context)  # too little text is better said here, once, than by every trainer
+    Windows(corpus, options.size.context)  # too little text is better said here, once, than by every trainer
+    o = options
     dtrain.launch(
-        functools.partial(train, options=options, corpus=corpus),
+        functools.partial(train, options=o, corpus=corpus),
         dtrain.Config(
-            dir=options.dir,
-            local_dir=options.local_dir,
-            global_batch=options.global_batch,
-            micro_batch=options.micro_batch,
-            seed=options.seed,
-            save_every=options.save_every,
-            keep_last=options.keep_last,
+            dir=o.dir,
+            local_dir=o.local_dir,
+            global_batch=o.global_batch,
+            micro_batch=o.micro_batch,
+            seed=o.seed,
+            parallel=o.parallel,
+            shard_size=o.shard_size,
+            precision=o.precision,
+            tf32=o.tf32,
+            reduction=o.reduction,
+            activation_checkpointing=o.activation_checkpointing,
+            compile=o.compile,
+            cpu_offload=o.cpu_offload,
+            save_every=o.save_every,
+            local_save_every=o.local_save_every,
+            keep_last=o.keep_last,
             unit="tokens",
         ),
     )
