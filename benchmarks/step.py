@@ -1,18 +1,18 @@
-"""What dtrain adds to a step: its loop beside the same loop written by hand on DDP.
+"""What dtrain adds to a step: its loop beside the same loop written by hand, and beside those of other frameworks.
 
-Both train the same model on the same data in the same processes, a step of one and a step of the other in turn, so
-that whatever else the machine does falls on both. The hand-written loop is the ordinary one, written well: a
-DistributedSampler and a DataLoader, no exchange of gradients before a step's last micro-batch, a mean loss, clipping,
-AdamW, a schedule; it saves nothing and shows nothing. dtrain's time is the whole turn of its loop: random state, data,
-the numbers that ranks exchange, metrics and progress line, but no checkpoint.
+All train the same model on the same data in the same processes, a step of each in turn, so that whatever else the
+machine does falls on all. dtrain's time is the whole turn of its loop: random state, data, the numbers that ranks
+exchange, metrics and progress line, but no checkpoint. See step_peers.py for the others.
 
-    python benchmarks/step.py            2 processes on this machine, three sizes
-    python benchmarks/step.py --nproc 1
+The second table is what `reduction="exact"` costs: runs with it and without it, in turn, each measured by the loop that
+is written by hand in the same run.
+
+    python benchmarks/step.py                        2 processes on this machine
+    python benchmarks/step.py --layouts fsdp --sizes large --exact ""
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -21,16 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from step_peers import LR, WARMUP, ByHand, peers_of
 
 import dtrain
 from dtrain.examples.corpus import Windows, collate, read_corpus
@@ -43,19 +42,28 @@ LAYERS = {"small": 2, "medium": 4, "large": 6}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time dtrain's steps and those of a loop that is written by hand, in turn."""
+    """Time dtrain's steps and those of other loops, in turn; lists are given with commas."""
+
+    layouts: str = "ddp,fsdp"
+    """How the model is spread."""
+
+    sizes: str = "small,large"
+    """Of the model."""
 
     nproc: int = 2
     """Processes."""
 
-    steps: int = 120
+    exact: str = "1,2,3,4"
+    """Numbers of processes for the cost of exact sums; none leaves that out."""
+
+    steps: int = 100
     """Steps of each loop."""
 
     warm: int = 20
     """Steps at the start that aren't counted: memory is still being allocated there."""
 
     repeats: int = 2
-    """Runs of each size."""
+    """Runs of each kind."""
 
     global_batch: int = 16
     """Windows of text in a step, over all processes together."""
@@ -67,54 +75,37 @@ class Options:
     """Bytes in a window."""
 
 
-class ByHand:
-    """The loop that is written by hand."""
+@dataclass(frozen=True)
+class Kind:
+    """Of a run."""
 
-    def __init__(self, o: Options, layers: int, dataset: Windows, device: torch.device) -> None:
-        self.device = device
-        self.accumulate = o.global_batch // (o.micro_batch * dist.get_world_size())
-        sampler: DistributedSampler[int] = DistributedSampler(dataset, shuffle=True, drop_last=True)
-        loader = DataLoader(
-            dataset, batch_size=o.micro_batch, sampler=sampler, num_workers=0, collate_fn=collate, drop_last=True
-        )
-        self.batches = self._endless(loader, sampler)
-        self.model = DistributedDataParallel(GPT(layers=layers, heads=4, width=128, dropout=0.1).to(device))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.schedule = warmup_cosine(self.optimizer, warmup=20, steps=o.steps)
-
-    @staticmethod
-    def _endless(loader: DataLoader[Tensor], sampler: DistributedSampler[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = 0
-        while True:
-            sampler.set_epoch(epoch)
-            yield from loader
-            epoch += 1
-
-    def step(self) -> None:
-        for micro_batch in range(self.accumulate):
-            x, y = (part.to(self.device, non_blocking=True) for part in next(self.batches))
-            last = micro_batch == self.accumulate - 1
-            with contextlib.nullcontext() if last else self.model.no_sync():
-                logits = self.model(x)
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()) / self.accumulate
-                loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    layout: str
+    size: str
+    ranks: int
+    reduction: str = "fast"
+    peers: bool = True
+    """Whether all others take part, or only the loop that is written by hand."""
 
 
-def measure(run: dtrain.Run, o: Options, layers: int) -> None:
-    """Both loops in turn; rank 0 prints their times, in ms, as a line of JSON."""
+def measure(run: dtrain.Run, o: Options, kind: Kind) -> None:
+    """All loops in turn; rank 0 prints their times, in ms, as a line of JSON."""
     dataset = Windows(read_corpus(), o.context)
-    by_hand = ByHand(o, layers, dataset, run.device)
-    model = run.parallelize(GPT(layers=layers, heads=4, width=128, dropout=0.1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = warmup_cosine(optimizer, warmup=20, steps=o.steps)
+    accumulate = max(1, o.global_batch // (o.micro_batch * dist.get_world_size()))
+
+    def gpt() -> GPT:
+        return GPT(layers=LAYERS[kind.size], heads=4, width=128, dropout=0.1)
+
+    model = run.parallelize(gpt())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    schedule = warmup_cosine(optimizer, warmup=WARMUP, steps=1000)
     data = run.data(dataset, collate=collate)
     run.track(model=model, optimizer=optimizer, schedule=schedule)
+    known = peers_of(kind.layout, run.device) if kind.peers else {"by hand": ByHand}
+    others = {
+        name: peer(gpt(), kind.layout, dataset, o.micro_batch, accumulate, run.device) for name, peer in known.items()
+    }
 
-    times: dict[str, list[float]] = {"dtrain": [], "by hand": []}
+    times: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
 
     def lap(name: str) -> None:
@@ -132,49 +123,82 @@ def measure(run: dtrain.Run, o: Options, layers: int) -> None:
             step.backward(loss, count=y.numel())
         step.update(optimizer, schedule, clip=1.0)
         lap("dtrain")
-        by_hand.step()
-        lap("by hand")
+        for number in range(len(others)):  # each has each turn
+            name = list(others)[(number + step.number) % len(others)]
+            others[name].step()
+            lap(name)
     if run.is_first:
         print(json.dumps({name: taken[o.warm :] for name, taken in times.items()}), flush=True)
 
 
+def times_of(o: Options, kind: Kind) -> dict[str, list[float]]:
+    """Of one run in processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        # fmt: off
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={kind.ranks}",
+            __file__, "--measure", json.dumps(vars(kind)), folder, *sys.argv[1:],
+        ]
+        # fmt: on
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def ratios(ours: list[float], theirs: list[float]) -> str:
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
+    return f"{middle:7.3f}   {f'{low:.3f} to {high:.3f}':>16}"
+
+
 def main(o: Options) -> None:
-    print(f"{o.nproc} processes, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    print(
-        f"medians of {o.repeats} x {o.steps - o.warm} pairs of steps; ratio = median of dtrain / by hand, pair by pair"
-    )
-    print(f"{'model':8} {'by hand, ms':>12} {'dtrain, ms':>12} {'ratio':>7}   {'middle half of ratios':>22}")
-    for size in LAYERS:
-        pairs: list[tuple[float, float]] = []
-        for _ in range(o.repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                # fmt: off
-                command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={o.nproc}",
-                    __file__, "--measure", size, folder, *sys.argv[1:],
-                ]
-                # fmt: on
-                environment = {"OMP_NUM_THREADS": "1"} | os.environ
-                done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                sys.exit(done.stderr)
-            times = json.loads(done.stdout.splitlines()[-1])
-            pairs += zip(times["by hand"], times["dtrain"], strict=True)
-        by_hand, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-        low, ratio, high = statistics.quantiles([b / a for a, b in pairs], n=4)
-        print(f"{size:8} {by_hand:12.1f} {ours:12.1f} {ratio:7.3f}   {f'{low:.3f} to {high:.3f}':>22}", flush=True)
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
+    print(f"python benchmarks/step.py {' '.join(sys.argv[1:])}".rstrip())
+    print(f"\n{o.nproc} processes; medians of {o.repeats} x {o.steps - o.warm} steps of each, in turn")
+    print("ratio: median, and middle half, of each round's step beside that of the loop written by hand\n")
+    print(f"{'layout':7} {'model':7} {'loop':11} {'ms':>7} {'ratio':>7}   {'middle half':>16}")
+    for layout in filter(None, o.layouts.split(",")):
+        for size in o.sizes.split(","):
+            found: dict[str, list[float]] = defaultdict(list)
+            for _ in range(o.repeats):
+                for name, taken in times_of(o, Kind(layout, size, o.nproc)).items():
+                    found[name] += taken
+            for name, taken in found.items():
+                cells = "" if name == "by hand" else ratios(taken, found["by hand"])
+                print(f"{layout:7} {size:7} {name:11} {statistics.median(taken):7.1f} {cells}".rstrip(), flush=True)
+    if o.exact:
+        show_exact(o)
 
 
-def measured_process(size: str, folder: str, o: Options) -> None:
+def show_exact(o: Options) -> None:
+    print('\nreduction="exact" beside "fast": a step of dtrain, in steps of the loop written by hand in the same run')
+    print(f"(medium model, {o.repeats} x {o.steps - o.warm} steps; 3 and 4 processes share two cores)\n")
+    print(f"{'layout':7} {'ranks':>5} {'by hand, ms':>12} {'fast':>7} {'exact':>7} {'exact/fast':>11}")
+    for layout in filter(None, o.layouts.split(",")):
+        for ranks in map(int, o.exact.split(",")):
+            found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for _ in range(o.repeats):
+                for reduction in ("fast", "exact"):
+                    times = times_of(o, Kind(layout, "medium", ranks, reduction, peers=False))
+                    found[reduction] += zip(times["dtrain"], times["by hand"], strict=True)
+            by_hand = statistics.median(b for pairs in found.values() for _, b in pairs)
+            fast, exact = (statistics.median(a / b for a, b in found[name]) for name in ("fast", "exact"))
+            print(f"{layout:7} {ranks:5} {by_hand:12.1f} {fast:7.3f} {exact:7.3f} {exact / fast:11.3f}", flush=True)
+
+
+def measured_process(kind: Kind, folder: str, o: Options) -> None:
     """What each of the processes that `main` starts does."""
+    options: dict[str, Any] = {"parallel": kind.layout, "reduction": kind.reduction}
     config = dtrain.Config(
-        dir=folder, global_batch=o.global_batch, micro_batch=o.micro_batch, save_every="10h", unit="tokens"
+        dir=folder, global_batch=o.global_batch, micro_batch=o.micro_batch, save_every="10h", unit="tokens", **options
     )
-    dtrain.launch(lambda run: measure(run, o, LAYERS[size]), config)
+    dtrain.launch(lambda run: measure(run, o, kind), config)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        measured_process(sys.argv[2], sys.argv[3], tyro.cli(Options, args=sys.argv[4:]))
+        measured_process(Kind(**json.loads(sys.argv[2])), sys.argv[3], tyro.cli(Options, args=sys.argv[4:]))
     else:
         main(tyro.cli(Options))

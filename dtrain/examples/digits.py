@@ -101,7 +101,7 @@ class Network(nn.Sequential):
 def read() -> tuple[Tensor, Tensor]:
     """All pictures, of shape (number, 1, 8, 8), and what they show."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise ConfigError("the pictures come with scikit-learn: pip install 'dtrain[examples]'") from error
     found = load_digits()
