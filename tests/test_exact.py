@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -223,3 +223,35 @@ def test_the_loss_is_the_sum_in_the_order_of_the_list(tmp_path: Path) -> None:
         return curve(tmp_path / str(dist.get_world_size()), 3, reduction="exact", global_batch=14).losses
 
     assert in_world(1, work)[0] == in_world(3, work)[0] == in_world(4, work)[3]
+
+
+OPTIMIZERS: list[Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = [
+    partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+    partial(torch.optim.AdamW, lr=1e-3, foreach=False),
+    partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    partial(torch.optim.RMSprop, lr=1e-3),
+    partial(torch.optim.Adagrad, lr=1e-3),
+    partial(torch.optim.NAdam, lr=1e-3),
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS, ids=lambda make: make.func.__name__)
+def test_an_optimizer_rounds_an_element_the_same_wherever_its_tensor_is_cut(
+    make: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+) -> None:
+    """What exact sums under FSDP build upon: a shard's elements lie elsewhere in vectors of the processor."""
+    dice = random.Random(4)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        length = dice.randrange(1, 300)
+        first = dice.randrange(length)
+        end = dice.randrange(first + 1, length + 1)
+        whole = torch.randn(length, generator=generator).requires_grad_()
+        part = whole.detach()[first:end].clone().requires_grad_()
+        optimizers = make([whole]), make([part])
+        for _ in range(5):
+            gradient = torch.randn(length, generator=generator) * 10 ** dice.uniform(-3, 3)
+            whole.grad, part.grad = gradient, gradient[first:end].clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(whole[first:end], part)
