@@ -49,6 +49,7 @@ bench: venv  ## measure steps, recoveries and checkpoints beside others (half an
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/s3.py
+	$(BIN)/python benchmarks/data.py
 
 clean:  ## remove everything that the targets above made, .venv too
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
