@@ -27,8 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv  ## train a small model, kill its workers, watch it carry on
 	$(BIN)/dtrain demo $(ARGS)
 
+# Two at a time, as most of them wait for other processes.
 test: venv  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: venv  ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check

@@ -28,7 +28,8 @@ LARGE = 3 * BLOCK_BYTES // 4 + 1000
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a large tensor between small ones."""
     tensors = {"first": torch.tensor(1.0), "large": numbers(LARGE), "last": torch.tensor(2.0)}
-    return alone(lambda: write_tree(tmp_path_factory.mktemp("large"), tensors))
+    folder = tmp_path_factory.mktemp("large")
+    return alone(lambda: write_tree(folder, tensors))
 
 
 def numbers(count: int) -> torch.Tensor:
