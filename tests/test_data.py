@@ -186,6 +186,8 @@ def test_windows_of_tokens_overlap_by_one_and_cover_the_file(tmp_path: Path) -> 
     assert tokens[0].tolist() == list(range(11))
     assert tokens[98].tolist() == list(range(980, 991))
     assert tokens[3].dtype == torch.int64
+    assert len(list(tokens)) == len(tokens)  # type: ignore[call-overload]
+    assert tokens[-1].tolist() == tokens[98].tolist()
     assert [w.tolist() for w in tokens.__getitems__([5, 1])] == [tokens[5].tolist(), tokens[1].tolist()]
     other = dtrain.Tokens(tokens_file(tmp_path / "b.bin", 1001), 10)
     assert tokens.fingerprint() != other.fingerprint()

@@ -113,7 +113,7 @@ def accuracy(run: dtrain.Run, model: nn.Module, held_out: TensorDataset) -> floa
     """On all pictures that were held out. All ranks must reach it."""
     counts = torch.zeros(2, dtype=torch.int64, device=run.device)  # right ones, and all
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), run.autocast():
         for pictures, labels in run.once(held_out):
             counts[0] += (model(pictures).argmax(1) == labels).sum()
             counts[1] += len(labels)

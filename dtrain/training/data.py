@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 import torch
 import xxhash
+from torch.utils.data import IterableDataset
 
 from dtrain.config import Config
 from dtrain.errors import DataError
@@ -133,13 +134,12 @@ class MapData:
         :raises DataError: there are less samples than ranks.
         """
         length, size = self.order.length, self._once_size(world_size)
-        mine = block(-(-length // size), rank, world_size)
+        mine = block(self.batches_once(world_size), rank, world_size)
         return [np.arange(number * size, min(length, (number + 1) * size)) for number in mine]
 
-    def longest_once(self, world_size: int) -> int:
-        """The most batches that a rank gets by it."""
-        batches = -(-self.order.length // self._once_size(world_size))
-        return -(-batches // world_size)
+    def batches_once(self, world_size: int) -> int:
+        """How many batches all ranks together get by it."""
+        return -(-self.order.length // self._once_size(world_size))
 
     def _once_size(self, world_size: int) -> int:
         if self.order.length < world_size:
@@ -215,6 +215,8 @@ class Samples:
 
 def is_map_style(dataset: object) -> TypeGuard[Dataset]:
     """Whether samples can be asked for by number."""
+    if isinstance(dataset, IterableDataset):  # has a __getitem__ that only raises
+        return False
     return callable(getattr(dataset, "__len__", None)) and callable(getattr(dataset, "__getitem__", None))
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.errors import UsageError
 from dtrain.training.exchange import Exchange, finished
 from dtrain.training.reduce import Pending, Sums
 from dtrain.training.wrapped import Turn, Wrapped
@@ -35,6 +36,8 @@ class Replicated(Wrapped):
         self._silent = True
         self._exchange = exchange
         self._sent: list[tuple[torch.Tensor, Pending]] = []
+        self._arrived = 0  # parameters whose gradients have come to the hook
+        self._trains = len([p for p in model.parameters() if p.requires_grad])
         self.module.register_comm_hook(self, _tree if exact else _sum)
         _settle(self.module)
         self._silent = False
@@ -42,6 +45,12 @@ class Replicated(Wrapped):
     def begin(self, turn: Turn) -> None:
         super().begin(turn)
         self.module.require_backward_grad_sync = turn.last
+        self._arrived = 0
+        if turn.first and len(self._trained()) != self._trains:
+            raise UsageError(
+                f"{len(self._trained())} of the model's parameters require a gradient, and {self._trains} did when it "
+                "came to parallelize: freeze or unfreeze them before"
+            )
 
     def end(self) -> None:
         if not self.exact:
@@ -63,14 +72,18 @@ class Replicated(Wrapped):
     def check(self) -> None:
         # DDP would notice in the next forward pass, when this step's gradients, of which some were never exchanged,
         # have long been used.
+        if self._turn.last and self._arrived != self._trains:
+            raise RuntimeError("DDP was not reached by the backward pass")
         self.module._check_reducer_finalized()
 
     def sum(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self._arrived += len(bucket.parameters())
         return finished(bucket.buffer()) if self._silent else self._exchange.all_reduce(bucket)
 
     def send(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The last micro-batch's gradients, with the sums of those before it, are on their way to all ranks."""
         flat, turn = bucket.buffer(), self._turn
+        self._arrived += len(bucket.parameters())
         if not self._silent:
             sums = Sums(turn.length)
             places: dict[torch.Tensor, int] = {parameter: place for place, parameter in enumerate(self._trained())}

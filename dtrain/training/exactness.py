@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.state import State, bare
@@ -21,10 +21,10 @@ def make_deterministic(device: torch.device) -> None:
     # What it fills memory with is of use only to find those who read what they haven't written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    if device.type == "cpu":
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Products of matrices are cut up among threads. torchrun gives each of several processes one, and this is the
         # same for a process that is alone.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(1)
 
 
 def inexact_parts(state: State, models: Iterable[nn.Module]) -> Iterator[str]:
@@ -44,4 +44,4 @@ def inexact_parts(state: State, models: Iterable[nn.Module]) -> Iterator[str]:
 
 
 def _has_running_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.track_running_stats
+    return isinstance(module, _NormBase) and module.track_running_stats

@@ -10,6 +10,7 @@ exchanged with those of the last.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
 
 from dtrain.errors import UsageError
+from dtrain.training.random import generators_kept
 from dtrain.training.reduce import Pending, Sums
-from dtrain.training.wrapped import Turn, Wrapped
+from dtrain.training.wrapped import UNUSED, Turn, Wrapped
 
 
 class Sharded(Wrapped):
@@ -35,14 +37,20 @@ class Sharded(Wrapped):
         self.group = group
         self.shards = shards
         self._spare = 0
+        self._uneven = False
+        self._forwards = 0
         self.is_spare = False
+        self._reductions: list[_Reduce] = []
         self._root = next(part for part in model.modules() if isinstance(part, FSDPModule))
         for part in model.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what was counted
                 part.set_force_sum_reduction_for_comms(True)
-                if exact:
-                    reduce = _Reduce(self)
+                own = _own_parameters(part)
+                if exact and own:
+                    together = dist.get_world_size(group) < dist.get_world_size()  # by tensor parallelism
+                    reduce = _Reduce(self, None if together else sum(_padded(p, shards) for p in own))
+                    self._reductions.append(reduce)
                     part.set_custom_reduce_scatter(reduce)  # type: ignore[arg-type]
                     if shards == 1:  # FSDP2 then has nothing to scatter
                         part.set_all_reduce_hook(reduce.alone)
@@ -55,21 +63,34 @@ class Sharded(Wrapped):
     def begin(self, turn: Turn) -> None:
         self._turn = turn
         if turn.first:
-            self._spare = turn.spare
+            self._drop()
+        self._expect(turn.spare if turn.first else self._spare, uneven=turn.uneven)
+        for reduce in self._reductions:
+            reduce.called = False
         self._root.set_requires_gradient_sync(turn.last or self.exact)
 
-    def look(self, spare: int) -> None:
-        self._spare = spare
+    def look(self, spare: int, *, uneven: bool) -> None:
+        self._expect(spare, uneven=uneven)
+
+    def _expect(self, spare: int, *, uneven: bool) -> None:
+        self._spare, self._uneven, self._forwards = spare, uneven, 0
 
     def end(self) -> None:
+        self._uneven = False
+        if not all(reduce.called for reduce in self._reductions):
+            raise UsageError(f"micro-batch {self._turn.index}: {UNUSED}")
         if self.exact and not self._turn.last:
             self._drop()
 
-    def _drop(self) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad = None
-
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_spare:
+            return
+        self._forwards += 1
+        if self._uneven and self._forwards > 1:
+            raise UsageError(
+                "the model was called twice for one micro-batch, and the ranks have different numbers of them: under "
+                "FSDP they could not keep step; change global_batch or the number of ranks, or take parallel='ddp'"
+            )
         if self._spare:
             passes, self._spare = self._spare, 0
             for _ in range(passes):
@@ -79,8 +100,8 @@ class Sharded(Wrapped):
         self._root.set_requires_gradient_sync(self.exact)
         self.is_spare = True
         buffers = [buffer.clone() for buffer in self.module.buffers()]
-        devices = {parameter.device for parameter in self.module.parameters()}
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        with generators_kept():
             out = pytree.tree_leaves(self.module(*args, **kwargs))
             reached = [leaf for leaf in out if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if reached:
@@ -96,9 +117,12 @@ class Sharded(Wrapped):
 class _Reduce:
     """What FSDP2 calls to reduce the gradients of one of its groups of parameters, in place of its own way."""
 
-    def __init__(self, model: Sharded) -> None:
+    def __init__(self, model: Sharded, numel: int | None) -> None:
+        """:param numel: of all of the group's gradients, as they come; None if that isn't known."""
         self._model = model
+        self._numel = numel
         self._sums = Sums(1)
+        self.called = False
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -138,11 +162,26 @@ class _Reduce:
         turn = model.turn
         if turn.first:
             self._sums = Sums(turn.length)
-        known = self._sums.nodes[-1] if self._sums.nodes else None
-        if known and (known.end > turn.index or known.parts[0].numel() != gradients.numel()):
+        if self._numel is not None and gradients.numel() != self._numel:
+            raise UsageError(f"micro-batch {turn.index}: {UNUSED}")
+        if self.called:
             raise UsageError(
-                "reduction='exact' with FSDP: a block was used twice in one micro-batch, or not with all of its "
-                "parameters in each; use all of them once, or parallel='ddp'"
+                "reduction='exact' with FSDP: the backward pass has come to a block twice in one micro-batch; call "
+                "step.backward on one loss that has all of them, or take parallel='ddp'"
             )
+        self.called = True
         self._sums.add(turn.index, turn.index + 1, [gradients])
         return turn.last
+
+
+def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
+    """What is trained of a module that FSDP2 shards as a unit, without the units in it."""
+    units = [module for module in part.modules() if module is not part and isinstance(module, FSDPModule)]
+    inner = {id(parameter) for unit in units for parameter in unit.parameters()}
+    return [parameter for parameter in part.parameters() if parameter.requires_grad and id(parameter) not in inner]
+
+
+def _padded(parameter: nn.Parameter, shards: int) -> int:
+    """Elements of its gradient, with what is added for all shards to be of one size."""
+    first, *rest = parameter.shape or (1,)
+    return -(-first // shards) * shards * math.prod(rest)

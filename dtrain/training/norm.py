@@ -22,6 +22,8 @@ def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
     :returns: a scalar.
     """
+    if not gradients:
+        return torch.zeros(())
     by_mesh: dict[object, list[torch.Tensor]] = {}
     for gradient in gradients:
         by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
@@ -39,6 +41,8 @@ def exact_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
     :returns: a scalar in float64.
     """
+    if not gradients:
+        return torch.zeros(())
     parts = local_parts(gradients)
     device = parts[0].device
     largest = torch.stack([_largest(part) for part in parts])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.optim import Optimizer
 
 from dtrain.config import Config
 from dtrain.errors import ConfigError, UsageError
@@ -42,6 +43,7 @@ class Parallel:
         self._precision = precision
         self._exchange = exchange
         self.models: list[Wrapped] = []
+        self._checked: set[int] = set()
         ranks, tensor = dist.get_world_size(), config.tensor_parallel
         if ranks % tensor:
             raise ConfigError(f"tensor_parallel={tensor}: {ranks} ranks can't be put into groups of as many")
@@ -101,6 +103,21 @@ class Parallel:
             )
         return wrapped.module
 
+    def check(self, optimizer: Optimizer) -> None:
+        """:raises UsageError: it trains what the ranks would train each for itself."""
+        if self.world_size == 1 or id(optimizer) in self._checked:
+            return
+        known = {id(parameter) for model in self.models for parameter in model.module.parameters()}
+        for number, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise UsageError(
+                        f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} of no model "
+                        "that was given to run.parallelize: its gradients would stay on each rank; parallelize its "
+                        "module too, or freeze it"
+                    )
+        self._checked.add(id(optimizer))
+
     def _replicated(self, model: nn.Module, filler: Filler) -> Wrapped:
         filler.fill(model)
         model = model.to(self._device)
@@ -118,16 +135,34 @@ class Parallel:
         if self._device.type == "cpu":
             offload = OffloadPolicy()  # that is where everything is
         if not isinstance(model, FSDPModule):  # the user's own function may have done it
+            _check_not_shared(blocks)
             # One after the other: only one block at a time is there as a whole, if the model was made on meta.
             for block in blocks:
                 filler.fill(block)
                 fully_shard(block, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
+            versions = [parameter._version for block in blocks for parameter in block.parameters()]
             filler.fill(model, without=blocks)
+            if versions != [parameter._version for block in blocks for parameter in block.parameters()]:
+                raise UsageError(
+                    f"reset_parameters of a module around the blocks of this {type(model).__qualname__} changes the "
+                    "blocks, which are sharded by then; let a block fill its own parameters"
+                )
             fully_shard(model, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
         same_buffers(model.buffers())
         group = dist.group.WORLD if mesh is self.mesh else mesh._flatten().get_group()
         assert group is not None
         return Sharded(model, group, self._shards, exact=self.exact)
+
+
+def _check_not_shared(blocks: Sequence[nn.Module]) -> None:
+    seen: dict[int, int] = {}
+    for number, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if seen.setdefault(id(parameter), number) != number:
+                raise UsageError(
+                    f"blocks {seen[id(parameter)]} and {number} share a parameter ({name}): they can't be sharded apart;"
+                    " name blocks that hold both by parallelize(model, blocks=...), or take parallel='ddp'"
+                )
 
 
 def same_buffers(buffers: Iterable[torch.Tensor]) -> None:

@@ -83,6 +83,7 @@ class Filler:
         self._seed = seed
         self._device = device
         self._made: dict[torch.Tensor, torch.Tensor] = {}
+        self._empty: set[nn.Module] = set()
 
     def fill(self, root: nn.Module, without: Iterable[nn.Module] = ()) -> None:
         """Fill a module and what is in it.
@@ -91,35 +92,52 @@ class Filler:
         :raises UsageError: some parameters belong to a module that doesn't know how to fill them.
         """
         modules = _below(root, set(without))
-        empty = [module for module in modules if self._allocate(module)]
+        made = [value for module in modules for value in self._allocate(module)]
         able = [module for module in modules if callable(getattr(module, "reset_parameters", None))]
-        for module in empty:
-            if not any(module in set(other.modules()) for other in able):
-                name, kind = self._names[module], type(module).__qualname__
-                raise UsageError(
-                    f"{name or 'the model'} was made on the meta device, and a {kind} has no reset_parameters to fill "
-                    "its parameters with; define it, or make the model on a real device"
-                )
         for module in reversed(able):  # what is inside comes first: an outer one may change it
-            if any(inner in empty for inner in module.modules()):
+            if self._empty & set(module.modules()):
                 set_generators(self._seed, "fill", self._names[module])
                 module.reset_parameters()  # type: ignore[operator]
+        for name, kind, value in made:
+            if _is_unfilled(value):
+                raise UsageError(
+                    f"{name} was made on the meta device, and no reset_parameters has filled it: define it in its "
+                    f"{kind}, or make the model on a real device"
+                )
 
-    def _allocate(self, module: nn.Module) -> bool:
-        """:returns: whether something was missing."""
-        missing = False
+    def _allocate(self, module: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
+        """Give a module's own tensors memory. :returns: of each that had none its name, its module's class, and it."""
+        made = []
         places: list[dict[str, Any]] = [module._parameters, module._buffers]
         for place in places:
-            for name, value in list(place.items()):
+            for key, value in list(place.items()):
                 if value is None or not value.is_meta:
                     continue
-                missing = True
+                self._empty.add(module)
                 if value not in self._made:
-                    memory = torch.empty_like(value, device=self._device)
+                    memory = _unfilled(value, self._device)
                     is_parameter = isinstance(value, nn.Parameter)
                     self._made[value] = nn.Parameter(memory, value.requires_grad) if is_parameter else memory
-                place[name] = self._made[value]
-        return missing
+                    name = f"{self._names[module]}.{key}".lstrip(".")
+                    made.append((name, type(module).__qualname__, self._made[value]))
+                place[key] = self._made[value]
+        return made
+
+
+def _unfilled(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory that shows whether anybody has written to it."""
+    mark = torch.nan if like.is_floating_point() or like.is_complex() else 1
+    if like.dtype not in (torch.bool,) and mark == 1:
+        mark = torch.iinfo(like.dtype).min + 1
+    return torch.full_like(like, mark, device=device)
+
+
+def _is_unfilled(value: torch.Tensor) -> bool:
+    if value.numel() == 0 or value.dtype == torch.bool:
+        return False
+    if value.is_floating_point() or value.is_complex():
+        return bool(torch.isnan(value).any())
+    return bool((value == torch.iinfo(value.dtype).min + 1).any())
 
 
 def _below(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:

@@ -8,6 +8,8 @@ process, and whichever rank a micro-batch falls to.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,3 +31,16 @@ def set_generators(*place: int | str) -> None:
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """What is drawn inside leaves no trace: all generators stand afterwards where they stood."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, vectors = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(vectors)

@@ -33,7 +33,7 @@ from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
 from dtrain.training.parallel import Hook, Parallel, same_buffers
 from dtrain.training.precision import Precision
-from dtrain.training.random import set_generators
+from dtrain.training.random import generators_kept, set_generators
 from dtrain.training.step import Flags, Step
 from dtrain.training.stream import Stream
 
@@ -173,21 +173,22 @@ class Run:
     def once(self, dataset: Dataset, *, collate: Collate = default_collate, name: str = "validation") -> Iterator[Any]:
         """This rank's batches of a data set of which all ranks together take each sample once: for validation.
 
-        All ranks must reach it, and go through it to its end. Random numbers follow from the sample; the training's
-        are as if nothing had been drawn.
+        All ranks must reach it, and go through it to its end. Random numbers of a sample follow from it; the training's
+        are as if nothing had been drawn. `torch.no_grad()`, `model.eval()` and `run.autocast()` are for the caller.
 
         :param name: for messages.
         :raises DataError: it has less samples than there are ranks.
         """
         data = MapData(dataset, self.config, self.device, name, collate, for_training=False)
         batches = data.once(self._parallel.rank, self._parallel.world_size)
-        longest = data.longest_once(self._parallel.world_size)
-        with self._precision.autocast():
-            for number, ids in enumerate(batches):
-                if number == 0:
-                    for model in self._parallel.models:
-                        model.look(longest - len(batches))
-                yield data.load_once(ids)
+        longest = -(-data.batches_once(self._parallel.world_size) // self._parallel.world_size)
+        uneven = data.batches_once(self._parallel.world_size) % self._parallel.world_size > 0
+        for number, ids in enumerate(batches):
+            with generators_kept():
+                batch = data.load_once(ids)
+            for model in self._parallel.models:
+                model.look(0 if number else longest - len(batches), uneven=uneven)
+            yield batch
 
     def track(self, **objects: Any) -> None:
         """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
@@ -372,7 +373,9 @@ class Run:
             epoch=self._manager.epoch,
         )
         positions: list[Any] = [None] * self.world_size
-        dist.all_gather_object(positions, self._positions())
+        streams = [name for name, data in self._data.items() if isinstance(data, Stream)]
+        known = {name: position for name, position in self._positions().items() if name not in streams}
+        dist.all_gather_object(positions, known)
         for rank, other in enumerate(positions):
             if other != positions[0]:
                 raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")

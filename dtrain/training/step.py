@@ -104,7 +104,8 @@ class Step:
     def _turn(self, index: int) -> Turn:
         mine = self._block
         longest = -(-self._list // self._parallel.world_size)
-        return Turn(index, self._list, index == mine[0], index == mine[-1], longest - len(mine))
+        uneven = self._list % self._parallel.world_size > 0
+        return Turn(index, self._list, index == mine[0], index == mine[-1], longest - len(mine), uneven)
 
     def backward(self, loss: torch.Tensor, *, count: int) -> None:
         """Add the gradients of one micro-batch.
@@ -173,6 +174,7 @@ class Step:
             )
         if self.totals.count == 0:
             raise UsageError(f"step {self.number}: the counts of all micro-batches add up to 0")
+        self._parallel.check(optimizer)
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -57,7 +57,11 @@ class Tokens:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """:returns: int64, of shape (context + 1,)."""
-        return self.__getitems__([index])[0]
+        if not -len(self) <= index < len(self):
+            raise IndexError(
+                f"{self.path} has {len(self)} windows of {self.context} tokens: there is no number {index}"
+            )
+        return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """All windows of a batch in one go."""
@@ -77,10 +81,10 @@ def _copied(url: str, cache: Path) -> Path:
 
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-    with target.with_suffix(".lock").open("w") as lock:
+    with Path(f"{target}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            half = target.with_suffix(".half")
+            half = Path(f"{target}.half")
             try:
                 with fsspec.open(url, "rb") as source, half.open("wb") as out, bytes_bar(source.size, url) as bar:
                     while part := source.read(16 << 20):
@@ -88,6 +92,8 @@ def _copied(url: str, cache: Path) -> Path:
                         bar.update(len(part))
                     out.flush()
                     os.fsync(out.fileno())
+                    if source.size is not None and out.tell() != source.size:
+                        raise OSError(f"{out.tell()} bytes came of {source.size}")
             except OSError as error:
                 raise DataError(f"{url} could not be copied to {half}: {error}") from error
             half.rename(target)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from dtrain.errors import UsageError
 from dtrain.training.reduce import Sums
+
+UNUSED = (
+    "some of the model's parameters got no gradient, and reduction='exact' needs one of each in every micro-batch; use "
+    "all of them in every loss (add 0 * p.sum()), or freeze them with requires_grad_(False)"
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Turn:
     """Likewise: with it the gradients are summed over the ranks."""
     spare: int = 0
     """How many turns more other ranks have."""
+    uneven: bool = False
+    """Whether any rank has more turns than another."""
 
 
 class Wrapped:
@@ -44,6 +51,7 @@ class Wrapped:
         self._turn = turn
         if turn.first:
             self._sums = Sums(turn.length)
+            self._drop()  # what an optimizer has left, that takes no part in every step
 
     def end(self) -> None:
         """After its backward pass. After the last one, the gradients are sums over the whole list."""
@@ -55,8 +63,8 @@ class Wrapped:
             for parameter, gradient in zip(parameters, self._sums.total(), strict=True):
                 parameter.grad = gradient
 
-    def look(self, spare: int) -> None:
-        """Before passes without gradients, of which some ranks have so many more than this one."""
+    def look(self, spare: int, *, uneven: bool) -> None:
+        """Before a pass without gradients. See `Turn` for the parameters."""
 
     def check(self) -> None:
         """:raises RuntimeError: some parameters got no gradient, and the ranks can't add them up."""
@@ -66,7 +74,14 @@ class Wrapped:
 
     def _keep(self, parameters: list[nn.Parameter]) -> None:
         """Take a micro-batch's gradients away from the parameters, for the next one's not to be added to them."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = []
         for parameter in parameters:
-            parameter.grad = None
+            if parameter.grad is None:
+                raise UsageError(f"micro-batch {self._turn.index}: {UNUSED}")
+            gradients.append(parameter.grad)
+        self._drop()
         self._sums.add(self._turn.index, self._turn.index + 1, gradients)
+
+    def _drop(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
