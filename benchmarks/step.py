@@ -9,6 +9,7 @@ is written by hand in the same run.
 
     python benchmarks/step.py                        2 processes on this machine
     python benchmarks/step.py --layouts fsdp --sizes large --exact ""
+    python benchmarks/step.py --sizes "" --steps 50
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Options:
     """How the model is spread."""
 
     sizes: str = "small,large"
-    """Of the model."""
+    """Of the model; none leaves the loops out."""
 
     nproc: int = 2
     """Processes."""
@@ -156,6 +157,13 @@ def ratios(ours: list[float], theirs: list[float]) -> str:
 def main(o: Options) -> None:
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
     print(f"python benchmarks/step.py {' '.join(sys.argv[1:])}".rstrip())
+    if o.sizes:
+        show_loops(o)
+    if o.exact:
+        show_exact(o)
+
+
+def show_loops(o: Options) -> None:
     print(f"\n{o.nproc} processes; medians of {o.repeats} x {o.steps - o.warm} steps of each, in turn")
     print("ratio: median, and middle half, of each round's step beside that of the loop written by hand\n")
     print(f"{'layout':7} {'model':7} {'loop':11} {'ms':>7} {'ratio':>7}   {'middle half':>16}")
@@ -168,8 +176,6 @@ def main(o: Options) -> None:
             for name, taken in found.items():
                 cells = "" if name == "by hand" else ratios(taken, found["by hand"])
                 print(f"{layout:7} {size:7} {name:11} {statistics.median(taken):7.1f} {cells}".rstrip(), flush=True)
-    if o.exact:
-        show_exact(o)
 
 
 def show_exact(o: Options) -> None:

@@ -160,8 +160,8 @@ def _check_not_shared(blocks: Sequence[nn.Module]) -> None:
         for name, parameter in block.named_parameters():
             if seen.setdefault(id(parameter), number) != number:
                 raise UsageError(
-                    f"blocks {seen[id(parameter)]} and {number} share a parameter ({name}): they can't be sharded apart;"
-                    " name blocks that hold both by parallelize(model, blocks=...), or take parallel='ddp'"
+                    f"blocks {seen[id(parameter)]} and {number} share a parameter ({name}): they can't be sharded "
+                    "apart; name blocks that hold both by parallelize(model, blocks=...), or take parallel='ddp'"
                 )
 
 
