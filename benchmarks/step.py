@@ -109,25 +109,33 @@ def measure(run: dtrain.Run, o: Options, kind: Kind) -> None:
     times: dict[str, list[float]] = defaultdict(list)
     clock = time.perf_counter()
 
-    def lap(name: str) -> None:
+    def lap() -> float:
         nonlocal clock
         if run.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        times[name].append(1e3 * (now - clock))
-        clock = now
+        before, clock = clock, time.perf_counter()
+        return 1e3 * (clock - before)
+
+    def others_in(turn: range) -> None:
+        for number in turn:
+            name = list(others)[(number + step.number) % len(others)]
+            others[name].step()
+            times[name].append(lap())
 
     for step in run.steps(o.steps):
+        between = lap()  # what the loop did between its bodies
+        if times["dtrain"]:
+            times["dtrain"][-1] += between
+        before = step.number % (len(others) + 1)  # dtrain has each turn among the others
+        others_in(range(before))
         for x, y in step.micro_batches(data):
             logits = model(x)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum")
             step.backward(loss, count=y.numel())
         step.update(optimizer, schedule, clip=1.0)
-        lap("dtrain")
-        for number in range(len(others)):  # each has each turn
-            name = list(others)[(number + step.number) % len(others)]
-            others[name].step()
-            lap(name)
+        times["dtrain"].append(lap())
+        others_in(range(before, len(others)))
+        lap()
     if run.is_first:
         print(json.dumps({name: taken[o.warm :] for name, taken in times.items()}), flush=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 from functools import cache, partial
 from itertools import product
@@ -18,11 +17,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from dtrain.errors import ConfigError, UsageError
+from dtrain.errors import UsageError
 from dtrain.training.prepare import blocks_of
 from tests.layers import SAMPLES, Block, Curve, Net, curve, samples
 from tests.training import opened
-from tests.world import errors, in_world
+from tests.world import in_world
 
 STEPS = 20
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 3e-2)}
@@ -134,21 +133,6 @@ def test_a_rank_with_fewer_micro_batches_makes_a_pass_that_the_loop_does_not_see
     assert [passes for *_, passes, _ in found] == [1, 2, 2], "a buffer doesn't remember the spare one"
 
 
-def test_two_sharded_models_need_blocks_of_equal_length(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        with opened(tmp_path, parallel="fsdp", global_batch=10, micro_batch=2) as run:
-            models = [run.parallelize(Net()) for _ in range(2)]
-            data = run.data(samples())
-            run.track(first=models[0], second=models[1])
-            for step in run.steps(1):
-                for x, y in step.micro_batches(data):
-                    step.backward(sum(model(x).sum() for model in models), count=len(y))
-
-    for error in errors(3, work):
-        assert isinstance(error, UsageError)
-        assert "5 micro-batches on 3 ranks" in str(error)
-
-
 def test_a_model_on_the_meta_device_gets_the_same_values_in_every_layout(tmp_path: Path) -> None:
     def made() -> nn.Module:
         with torch.device("meta"):
@@ -177,23 +161,6 @@ def test_a_shared_parameter_on_the_meta_device_stays_shared(tmp_path: Path) -> N
         return tied.into.weight is tied.out.weight and not tied.into.weight.is_meta
 
     assert in_world(1, work) == [True]
-
-
-def test_a_meta_parameter_that_nobody_can_fill_is_named(tmp_path: Path) -> None:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.empty(3))
-
-    def work(rank: int) -> None:
-        with torch.device("meta"):
-            model = nn.Sequential(nn.Linear(3, 3), Scale())
-        with opened(tmp_path) as run:
-            run.parallelize(model)
-
-    (error,) = errors(1, work)
-    assert isinstance(error, UsageError)
-    assert str(error).startswith("1.scale was made on the meta device, and no reset_parameters has filled it")
 
 
 def test_tensor_parallelism_is_brought_along_by_a_function(tmp_path: Path) -> None:
@@ -281,33 +248,6 @@ def test_recomputing_changes_no_bit_and_a_copy_has_its_own_parameters(tmp_path: 
     assert in_world(1, work) == [True]
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks", "message"),
-    [
-        ({"parallel": "none"}, 2, "parallel='none' is for one process, and 2 were started"),
-        ({"parallel": "fsdp", "tensor_parallel": 2}, 3, "3 ranks can't be put into groups of as many"),
-    ],
-)
-def test_ranks_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, Any], ranks: int, message: str) -> None:
-    def work(rank: int) -> None:
-        with opened(tmp_path, **options):
-            pass
-
-    for error in errors(ranks, work):
-        assert isinstance(error, ConfigError)
-        assert message in str(error)
-
-
-def test_recomputing_a_model_without_blocks_says_what_to_do(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        with opened(tmp_path, activation_checkpointing="full") as run:
-            run.parallelize(nn.Linear(3, 3))
-
-    (error,) = errors(1, work)
-    assert isinstance(error, UsageError)
-    assert "no module of this Linear is repeated in a list; name its blocks" in str(error)
-
-
 def test_the_samples_are_those_of_one_process_under_fsdp(tmp_path: Path) -> None:
     def work(rank: int) -> list[list[int]]:
         found = []
@@ -330,58 +270,6 @@ def test_the_samples_are_those_of_one_process_under_fsdp(tmp_path: Path) -> None
     assert sorted(used[:SAMPLES]) == list(range(SAMPLES)), "each once in the first epoch"
 
 
-def test_a_rank_whose_last_loss_does_not_reach_the_model_stops_the_run(tmp_path: Path) -> None:
-    """A micro-batch that is all padding, for instance: DDP would exchange nothing, and say nothing."""
-
-    def work(rank: int, reduction: str) -> None:
-        with opened(tmp_path / reduction, reduction=reduction) as run:
-            model = run.parallelize(Net())
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            data = run.data(samples())
-            run.track(model=model, optimizer=optimizer)
-            for step in run.steps(2):
-                for number, (x, _) in enumerate(step.micro_batches(data)):
-                    loss = model(x).sum() if number == 0 else torch.zeros((), requires_grad=True)
-                    step.backward(loss, count=1)
-                step.update(optimizer)
-
-    for reduction in ("fast", "exact"):
-        for error in errors(2, partial(work, reduction=reduction)):
-            assert isinstance(error, UsageError)
-            assert "left some of the model's parameters without a gradient" in str(error)
-
-
-@pytest.mark.parametrize(("kind", "ranks"), [("none", 1), ("fsdp", 1), ("fsdp", 2)])
-def test_exact_sums_need_a_gradient_of_every_parameter_in_every_micro_batch(
-    tmp_path: Path, kind: str, ranks: int
-) -> None:
-    """Two layers of one size that take turns could be taken for each other."""
-
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(7, 7), nn.Linear(7, 7)
-
-        def forward(self, x: torch.Tensor, number: int) -> torch.Tensor:
-            out: torch.Tensor = (self.a, self.b)[number % 2](x)
-            return out
-
-    def work(rank: int) -> None:
-        with opened(tmp_path, parallel=kind, reduction="exact") as run:
-            model = run.parallelize(Experts())
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            data = run.data(samples())
-            run.track(model=model, optimizer=optimizer)
-            for step in run.steps(1):
-                for number, (x, _) in enumerate(step.micro_batches(data)):
-                    step.backward(model(x, number).sum(), count=1)
-
-    for error in errors(ranks, work):
-        assert isinstance(error, UsageError)
-        assert "micro-batch" in str(error)
-        assert "reduction='exact' needs one of each in every micro-batch" in str(error)
-
-
 def test_an_optimizer_that_takes_part_in_every_second_step_sees_that_step_alone(tmp_path: Path) -> None:
     def work(rank: int, kind: str) -> list[torch.Tensor]:
         with opened(tmp_path / f"{kind}{dist.get_world_size()}", parallel=kind, reduction="exact") as run:
@@ -401,70 +289,3 @@ def test_an_optimizer_that_takes_part_in_every_second_step_sees_that_step_alone(
     for ranks in (2, 3):
         for found in in_world(ranks, partial(work, kind="ddp")):
             assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
-
-
-@pytest.mark.parametrize("what", ["a head of its own", "unfrozen later"])
-def test_what_the_ranks_would_train_apart_is_refused(tmp_path: Path, what: str) -> None:
-    def work(rank: int) -> None:
-        with opened(tmp_path) as run:
-            bare, head = Net(), nn.Linear(5, 1)
-            bare.first.requires_grad_(what != "unfrozen later")
-            model = run.parallelize(bare)
-            parameters = [*model.parameters()] + ([*head.parameters()] if what == "a head of its own" else [])
-            optimizer = torch.optim.SGD(parameters, lr=0.1)
-            data = run.data(samples())
-            run.track(model=model, head=head)
-            for step in run.steps(2):
-                if step.number == 2:
-                    bare.requires_grad_(True)
-                for x, _ in step.micro_batches(data):
-                    step.backward(head(model(x)).sum(), count=1)
-                step.update(optimizer)
-
-    for error in errors(2, work):
-        assert isinstance(error, UsageError)
-        assert re.search("of no model that was given to run.parallelize|freeze or unfreeze them before", str(error))
-
-
-def test_a_model_that_is_called_twice_is_refused_where_ranks_could_not_keep_step(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        with opened(tmp_path, parallel="fsdp", global_batch=10, micro_batch=2) as run:
-            model = run.parallelize(Net())
-            data = run.data(samples())
-            run.track(model=model)
-            for step in run.steps(1):
-                for x, _ in step.micro_batches(data):
-                    step.backward((model(x) + model(2 * x)).sum(), count=1)
-
-    found = [error for error in errors(3, work) if isinstance(error, UsageError)]  # the others lose their peers
-    assert found
-    assert all("the model was called twice for one micro-batch" in str(error) for error in found)
-
-
-def test_a_reset_that_reaches_into_sharded_blocks_is_refused(tmp_path: Path) -> None:
-    class Resets(Net):
-        def reset_parameters(self) -> None:
-            for parameter in self.parameters():
-                nn.init.zeros_(parameter)
-
-    def work(rank: int) -> None:
-        with torch.device("meta"):
-            model = Resets()
-        with opened(tmp_path, parallel="fsdp") as run:
-            run.parallelize(model)
-
-    for error in errors(2, work):
-        assert isinstance(error, UsageError)
-        assert "changes the blocks, which are sharded by then" in str(error)
-
-
-def test_blocks_that_share_a_parameter_can_not_be_sharded_apart(tmp_path: Path) -> None:
-    def work(rank: int) -> None:
-        model = Net()
-        model.blocks[1].get_submodule("wide").weight = model.blocks[0].get_submodule("wide").weight
-        with opened(tmp_path, parallel="fsdp") as run:
-            run.parallelize(model)
-
-    for error in errors(2, work):
-        assert isinstance(error, UsageError)
-        assert "blocks 0 and 1 share a parameter (wide.weight): they can't be sharded apart" in str(error)

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
-from dtrain.checkpoint.plan import in_first_copy
+from dtrain.checkpoint.plan import in_first_copy, local_part
 
 
 def local_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """What this rank has of each."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [local_part(tensor) for tensor in tensors]
 
 
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -46,7 +46,9 @@ def exact_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     parts = local_parts(gradients)
     device = parts[0].device
     largest = torch.stack([_largest(part) for part in parts])
-    if dist.get_world_size() > 1:
+    # Where all ranks hold the same, each can tell by itself.
+    spread = any(isinstance(gradient, DTensor) for gradient in gradients)
+    if spread:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     if not torch.isfinite(largest).all():
         return torch.full((), torch.nan, dtype=torch.float64, device=device)
@@ -55,12 +57,12 @@ def exact_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     bits = [62 - max(1, gradient.numel()).bit_length() for gradient in gradients]
     sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
     for number, (gradient, part, exponent, room) in enumerate(zip(gradients, parts, exponents, bits, strict=True)):
-        if part.numel() and _first_copy(gradient):
+        if part.numel() and (not spread or _first_copy(gradient)):
             # In two factors: a power of two that is out of float32's range may still scale what is in it.
             low, high = -exponent // 2, -exponent - -exponent // 2
             scaled = part.float().mul(2.0**low).mul_(2.0**high)
             sums[number] = scaled.square_().mul_(2.0**room).round_().to(torch.int64).sum()
-    if dist.get_world_size() > 1:
+    if spread:
         dist.all_reduce(sums)
     scales = [2.0 ** (2 * exponent - room) for exponent, room in zip(exponents, bits, strict=True)]
     squares = sums.double() * torch.tensor(scales, dtype=torch.float64, device=device)

@@ -24,18 +24,18 @@ from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State, bare
 from dtrain.config import SAME_BITS, Config, Interval
 from dtrain.elastic.supervisor import Life
-from dtrain.errors import DataError, UsageError
+from dtrain.errors import UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
-from dtrain.training.data import Collate, Data, Dataset, MapData, is_map_style
+from dtrain.training.data import Collate, Data, Dataset
 from dtrain.training.exactness import inexact_parts, make_deterministic
 from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
 from dtrain.training.parallel import Hook, Parallel, same_buffers
 from dtrain.training.precision import Precision
-from dtrain.training.random import generators_kept, set_generators
+from dtrain.training.random import set_generators
+from dtrain.training.sources import Sources
 from dtrain.training.step import Flags, Step
-from dtrain.training.stream import Stream
 
 
 class Run:
@@ -55,13 +55,12 @@ class Run:
         self._page = life.page
         self._generation = life.generation
         self._state = State()
-        self._data: dict[str, Data] = {}
         self._exchange = Exchange()
         local = config.local_save_every
         self._schedule = Schedule(
             Interval.parse(config.save_every),
             Interval.parse(config.snapshot_every, "snapshot_every"),
-            self._epoch_after,
+            lambda step: self._sources.epoch_after(step),
             mtbf_s=config.mtbf_hours * 3600,
             early=config.early_save,
             local_save_every=None if local is None else Interval.parse(local, "local_save_every"),
@@ -80,6 +79,7 @@ class Run:
         self._precision = Precision(config, device)
         shard_size = config.shard_size or life.group.placement.local_world_size
         self._parallel = Parallel(config, device, self._precision, self._exchange, shard_size)
+        self._sources = Sources(config, device, self._parallel)
         open_folders(config, self._storages)
         self._events = Events(config.local_dir)
         snapshots = Snapshots(
@@ -155,20 +155,7 @@ class Run:
         :param name: tells several data sets apart.
         :raises DataError: it is empty, smaller than a global batch, or has no state that could be saved.
         """
-        if name in self._data:
-            raise UsageError(f"data(name={name!r}) was called before; give each data set a name of its own")
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise UsageError(f"data(workers={workers!r}) must be a number of processes, 0 or more")
-        if is_map_style(dataset):
-            data: Data = MapData(dataset, self.config, self.device, name, collate, shuffle=shuffle, workers=workers)
-        else:
-            if workers:
-                raise UsageError(
-                    f"data(workers={workers}): an iterable data set loads by itself; give it workers of its own"
-                )
-            data = Stream(dataset, self.config, self.device, name, collate)
-        self._data[name] = data
-        return data
+        return self._sources.add(name, dataset, collate, shuffle=shuffle, workers=workers)
 
     def once(self, dataset: Dataset, *, collate: Collate = default_collate, name: str = "validation") -> Iterator[Any]:
         """This rank's batches of a data set of which all ranks together take each sample once: for validation.
@@ -179,16 +166,7 @@ class Run:
         :param name: for messages.
         :raises DataError: it has less samples than there are ranks.
         """
-        data = MapData(dataset, self.config, self.device, name, collate, for_training=False)
-        batches = data.once(self._parallel.rank, self._parallel.world_size)
-        longest = -(-data.batches_once(self._parallel.world_size) // self._parallel.world_size)
-        uneven = data.batches_once(self._parallel.world_size) % self._parallel.world_size > 0
-        for number, ids in enumerate(batches):
-            with generators_kept():
-                batch = data.load_once(ids)
-            for model in self._parallel.models:
-                model.look(0 if number else longest - len(batches), uneven=uneven)
-            yield batch
+        return self._sources.once(name, dataset, collate)
 
     def track(self, **objects: Any) -> None:
         """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
@@ -332,8 +310,7 @@ class Run:
                     "save_every is shorter than a save takes"
                 )
                 self._schedule.skipped = 0
-        for data in self._data.values():
-            data.close()
+        self._sources.close()
         if self._progress is not None:
             self._progress.close()
         if self._metrics is not None:
@@ -372,18 +349,10 @@ class Run:
             generation=self._generation,
             epoch=self._manager.epoch,
         )
-        positions: list[Any] = [None] * self.world_size
-        streams = [name for name, data in self._data.items() if isinstance(data, Stream)]
-        known = {name: position for name, position in self._positions().items() if name not in streams}
-        dist.all_gather_object(positions, known)
-        for rank, other in enumerate(positions):
-            if other != positions[0]:
-                raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")
+        self._sources.check()
         restored = self._manager.restore(self._state)
         if restored is not None:
-            for name, saved in restored.position["data"].items():
-                if name in self._data:
-                    self._data[name].restore(saved)
+            self._sources.restore(restored.position["data"])
             self._done = self._page.restored = restored.step
             self._saved = restored.step if restored.committed else -1
         if self.is_first:
@@ -395,14 +364,8 @@ class Run:
             "step": self._done,
             "samples": self._done * self.config.global_batch,
             "config": {name: getattr(self.config, name) for name in SAME_BITS},
-            "data": self._positions(),
+            "data": self._sources.positions(),
         }
-
-    def _positions(self) -> dict[str, Any]:
-        return {name: data.position() for name, data in sorted(self._data.items())}
-
-    def _epoch_after(self, step: int) -> int:
-        return max((data.epoch_after(step) for data in self._data.values()), default=0)
 
 
 def _checked(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:

@@ -73,6 +73,7 @@ class Step:
         self.updated = False
         self._index = 0
         self._losses: torch.Tensor | None = None
+        self._work: dist.Work | None = None
         self._count = 0
         self._totals: Totals | None = None
         self._norm: torch.Tensor | None = None
@@ -148,7 +149,7 @@ class Step:
         if last:
             self._exchange.depart()
             if alone:  # stays on the device: to look at it would wait for everything that is queued there
-                dist.all_reduce(self._losses)
+                self._work = dist.all_reduce(self._losses, async_op=True)
 
     def _check_all_used(self) -> None:
         for model in self._parallel.models:
@@ -217,6 +218,9 @@ class Step:
         totals = self.totals
         assert self._losses is not None
         alone = self._parallel.exact or not self._losses.is_cpu
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
         total = float(self._losses.sum()) if alone else totals.loss
         return total / max(1, totals.count)
 

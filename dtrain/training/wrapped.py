@@ -43,6 +43,7 @@ class Wrapped:
     def __init__(self, module: nn.Module, *, exact: bool = False) -> None:
         self.module = module
         self.exact = exact
+        self._parameters = list(module.parameters())
         self._turn = Turn(0, 1, first=True, last=True)
         self._sums = Sums(1)
 
@@ -70,7 +71,7 @@ class Wrapped:
         """:raises RuntimeError: some parameters got no gradient, and the ranks can't add them up."""
 
     def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     def _keep(self, parameters: list[nn.Parameter]) -> None:
         """Take a micro-batch's gradients away from the parameters, for the next one's not to be added to them."""
@@ -83,5 +84,5 @@ class Wrapped:
         self._sums.add(self._turn.index, self._turn.index + 1, gradients)
 
     def _drop(self) -> None:
-        for parameter in self.module.parameters():
+        for parameter in self._parameters:
             parameter.grad = None

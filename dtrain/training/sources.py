@@ -1,0 +1,91 @@
+"""The data sets of a run: made, gone through, and brought back to where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain.config import Config
+from dtrain.errors import DataError, UsageError
+from dtrain.training.data import Collate, Data, Dataset, MapData, is_map_style
+from dtrain.training.parallel import Parallel
+from dtrain.training.random import generators_kept
+from dtrain.training.stream import Stream
+
+
+class Sources:
+    """By name, in the order in which a run uses them."""
+
+    def __init__(self, config: Config, device: torch.device, parallel: Parallel) -> None:
+        self._config = config
+        self._device = device
+        self._parallel = parallel
+        self._known: dict[str, Data] = {}
+
+    def add(
+        self, name: str, dataset: Dataset | Iterable[Any], collate: Collate, *, shuffle: bool, workers: int
+    ) -> Data:
+        """See `Run.data`."""
+        if name in self._known:
+            raise UsageError(f"data(name={name!r}) was called before; give each data set a name of its own")
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise UsageError(f"data(workers={workers!r}) must be a number of processes, 0 or more")
+        if is_map_style(dataset):
+            data: Data = MapData(dataset, self._config, self._device, name, collate, shuffle=shuffle, workers=workers)
+        elif workers:
+            raise UsageError(
+                f"data(workers={workers}): an iterable data set loads by itself; give it workers of its own"
+            )
+        else:
+            data = Stream(dataset, self._config, self._device, name, collate)
+        self._known[name] = data
+        return data
+
+    def once(self, name: str, dataset: Dataset, collate: Collate) -> Iterator[Any]:
+        """See `Run.once`."""
+        ranks, models = self._parallel.world_size, self._parallel.models
+        data = MapData(dataset, self._config, self._device, name, collate, for_training=False)
+        mine, together = data.once(self._parallel.rank, ranks), data.batches_once(ranks)
+        spare = -(-together // ranks) - len(mine)
+        for number, ids in enumerate(mine):
+            with generators_kept():
+                batch = data.load_once(ids)
+            for model in models:
+                model.look(0 if number else spare, uneven=together % ranks > 0)
+            yield batch
+        for model in models:
+            model.look(0, uneven=False)
+
+    def check(self) -> None:
+        """All ranks must reach it. :raises DataError: they don't have the same data."""
+        known = {name: data.position() for name, data in self._sorted() if not isinstance(data, Stream)}
+        everybodys: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, known)
+        for rank, other in enumerate(everybodys):
+            if other != everybodys[0]:
+                raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")
+
+    def positions(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them. All ranks must reach it."""
+        return {name: data.position() for name, data in self._sorted()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """:raises DataError: one of them can't go on from there."""
+        for name, position in saved.items():
+            if name in self._known:
+                self._known[name].restore(position)
+
+    def epoch_after(self, step: int) -> int:
+        """Whole epochs after so many steps, of the one that has come furthest."""
+        return max((data.epoch_after(step) for data in self._known.values()), default=0)
+
+    def close(self) -> None:
+        """End what loads ahead."""
+        for data in self._known.values():
+            data.close()
+
+    def _sorted(self) -> list[tuple[str, Data]]:
+        return sorted(self._known.items())
