@@ -14,7 +14,7 @@ from torch import nn
 from dtrain.errors import ConfigError, UsageError
 from tests.layers import Net, samples
 from tests.training import opened
-from tests.world import errors
+from tests.world import errors, in_world
 
 
 def test_two_sharded_models_need_blocks_of_equal_length(tmp_path: Path) -> None:
@@ -164,6 +164,26 @@ def test_a_model_that_is_called_twice_is_refused_where_ranks_could_not_keep_step
     found = [error for error in errors(3, work) if isinstance(error, UsageError)]  # the others lose their peers
     assert found
     assert all("the model was called twice for one micro-batch" in str(error) for error in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int64, torch.complex64, torch.bfloat16])
+def test_a_buffer_of_any_type_that_is_filled_is_taken(tmp_path: Path, dtype: torch.dtype) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.empty(4, dtype=dtype))
+
+        def reset_parameters(self) -> None:
+            self.get_buffer("table").fill_(1)
+
+    def work(rank: int) -> bool:
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(3, 3), Table())
+        with opened(tmp_path) as run:
+            run.parallelize(model)
+        return torch.equal(model[1].get_buffer("table"), torch.ones(4, dtype=dtype))
+
+    assert in_world(1, work) == [True]
 
 
 def test_a_reset_that_reaches_into_sharded_blocks_is_refused(tmp_path: Path) -> None:

@@ -101,10 +101,6 @@ class MapData:
     def epoch_after(self, step: int) -> int:
         return step * self._config.global_batch // self.order.length
 
-    def ids(self, step: int, micro_batches: range) -> Ids:
-        """The samples of some of a step's micro-batches, a row for each."""
-        return self.order.ids(*self._positions(step, micro_batches)).reshape(-1, self._config.micro_batch)
-
     def batches(self, step: int, micro_batches: range) -> Iterator[Any]:
         if self._workers:
             if self._loader is None or not self._loader.is_at(step, micro_batches):

@@ -4,6 +4,7 @@ don't keep, and compiled. None of it changes the names in its state dict.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -115,7 +116,7 @@ class Filler:
                     continue
                 self._empty.add(module)
                 if value not in self._made:
-                    memory = _unfilled(value, self._device)
+                    memory = torch.full_like(value, _mark(value.dtype), device=self._device)
                     is_parameter = isinstance(value, nn.Parameter)
                     self._made[value] = nn.Parameter(memory, value.requires_grad) if is_parameter else memory
                     name = f"{self._names[module]}.{key}".lstrip(".")
@@ -124,20 +125,18 @@ class Filler:
         return made
 
 
-def _unfilled(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Memory that shows whether anybody has written to it."""
-    mark = torch.nan if like.is_floating_point() or like.is_complex() else 1
-    if like.dtype not in (torch.bool,) and mark == 1:
-        mark = torch.iinfo(like.dtype).min + 1
-    return torch.full_like(like, mark, device=device)
+def _mark(dtype: torch.dtype) -> float:
+    """What new memory is filled with, to see whether anybody writes to it; types without a sign have none to spare."""
+    if not dtype.is_signed:
+        return 0
+    return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min + 1
 
 
 def _is_unfilled(value: torch.Tensor) -> bool:
-    if value.numel() == 0 or value.dtype == torch.bool:
+    if not value.dtype.is_signed:
         return False
-    if value.is_floating_point() or value.is_complex():
-        return bool(torch.isnan(value).any())
-    return bool((value == torch.iinfo(value.dtype).min + 1).any())
+    mark = _mark(value.dtype)
+    return bool((torch.isnan(value) if math.isnan(mark) else value == mark).any())
 
 
 def _below(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:
