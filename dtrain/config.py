@@ -168,6 +168,25 @@ class Config:
     max_stalled: int = 3
     """The run stops after so many generations in a row that ended without a new step."""
 
+    max_failures_per_hour: int = 60
+    """The run stops when more generations than so many fail within an hour, even if each comes a little further."""
+
+    skip_poison_batch: bool = False
+    """Rather than stop after `max_stalled` failures without a new step, pass over the step in which they happened, and
+    record the ids of its samples."""
+
+    hang_after_s: float | None = 60.0
+    """How long a step may stand still, in seconds, before it is taken for a hang: the stacks of all ranks are written
+    down, and they are started again. Ten times as long up to the end of the first step, and always with `compile`; and
+    never less than ten times the longest time between two signs of life of late. None waits for ever."""
+
+    grace_s: float = 25.0
+    """How long after SIGTERM or SIGUSR1 the processes are killed, in seconds: in this time the step is finished and
+    saved. torchrun, SLURM and Kubernetes give 30."""
+
+    notice_file: str = ""
+    """A file that somebody makes or touches when the machine is wanted back: as SIGTERM."""
+
     timeout_s: float = 600.0
     """How long a rank waits for the others in one collective operation before it gives up, in seconds."""
 
@@ -226,9 +245,9 @@ class Config:
             object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
             object.__setattr__(self, "local_dir", self.dir)
         self.storage()  # an option that can't be right is found here
-        for name, least in (("global_batch", 1), ("micro_batch", 1), ("keep_last", 2), ("max_stalled", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        for name in ("global_batch", "micro_batch", "keep_last", "max_stalled", "max_failures_per_hour"):
+            value, least = getattr(self, name), 2 if name == "keep_last" else 1
+            if not _is_count(value, least):
                 raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} must be a whole number")
@@ -238,8 +257,10 @@ class Config:
                 "a step is a list of whole micro-batches"
             )
         self._check_training()
-        for name in ("timeout_s", "mtbf_hours"):
+        for name in ("timeout_s", "mtbf_hours", "grace_s", "hang_after_s"):
             value = getattr(self, name)
+            if value is None and name == "hang_after_s":
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ConfigError(f"{name}={value!r} must be a number above zero")
         Interval.parse(self.save_every)
@@ -267,7 +288,7 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-        for name in ("tf32", "compile", "cpu_offload"):
+        for name in ("tf32", "compile", "cpu_offload", "skip_poison_batch"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         how = self.activation_checkpointing

@@ -18,8 +18,9 @@ from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.snapshot import Slots
 from dtrain.config import Config
-from dtrain.elastic.generation import Group, Placement
-from dtrain.elastic.process import Page
+from dtrain.elastic.generation import Group
+from dtrain.elastic.page import Page
+from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life, Supervisor
 from dtrain.errors import ConfigError
 from dtrain.training.run import Run

@@ -6,6 +6,10 @@ What goes wrong in it is asked for by options. It prints one line a step on rank
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -14,11 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset
 
 import dtrain
 from dtrain.errors import ConfigError
+
+
+class Rows:
+    """Of which one may have something wrong with it."""
+
+    def __init__(self, samples: torch.Tensor) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == args.stuck_sample:
+            trouble("sleep")
+        return self._samples[index]
 
 
 class Endless(IterableDataset[int]):
@@ -44,6 +64,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--fail-at", type=int, default=-1, help="step of an exception; 0 is before the first")
     parser.add_argument("--fail-rank", type=int, default=0)
     parser.add_argument("--exit-at", type=int, default=-1)
+    parser.add_argument("--trouble", default="", help="what happens in the forward pass, once: see `trouble`")
+    parser.add_argument("--trouble-at", type=int, default=4)
+    parser.add_argument("--trouble-rank", type=int, default=1)
+    parser.add_argument("--poison-step", type=int, default=-1, help="its first micro-batch kills whoever computes it")
+    parser.add_argument("--body-s", type=float, default=0.0, help="rank 0 is at work in the loop's body for so long")
+    parser.add_argument("--stuck-sample", type=int, default=-1, help="can't be loaded, once")
+    parser.add_argument("--workers", type=int, default=0)
     for flag in ("--thread", "--iterable", "--in-place"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
@@ -51,6 +78,23 @@ def parsed() -> argparse.Namespace:
 
 def fail(step: int, rank: int) -> None:
     raise ArithmeticError(f"planted at step {step} on rank {rank}")
+
+
+def trouble(kind: str) -> None:
+    """The first time that it comes to this."""
+    try:
+        Path(args.dir, "troubled").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    match kind:
+        case "spin":
+            sum(itertools.repeat(0))  # never lets another thread run
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "sleep":
+            time.sleep(1000)
+        case "collective":
+            dist.barrier()  # the others don't come
 
 
 def main(run: dtrain.Run) -> None:
@@ -65,20 +109,39 @@ def main(run: dtrain.Run) -> None:
     generator = torch.Generator().manual_seed(1)
     samples = torch.randn(args.samples, args.width, generator=generator)
     samples[:1, :1] += args.first_sample
-    dataset: Any = Endless() if args.iterable else TensorDataset(samples)
-    data = run.data(dataset)
+    dataset: Any = Endless() if args.iterable else Rows(samples)
+    data = run.data(dataset, workers=args.workers)
     run.track(model=model, optimizer=optimizer)
     maybe(0)
     for step in run.steps(args.steps):
         maybe(step.number)
-        for (x,) in step.micro_batches(data):
+        at = step.number == args.trouble_at and run.rank == args.trouble_rank
+        if at and args.trouble == "leave":
+            return
+        for x in step.micro_batches(data):
+            if at:
+                trouble(args.trouble)
+            if at or args.trouble_at == 0:
+                time.sleep(args.trouble == "slow" and run.rank == args.trouble_rank and 0.05)
+            if step.number == args.poison_step:
+                os.kill(os.getpid(), signal.SIGKILL)
             step.backward(model(x).square().sum(), count=len(x))
         step.update(optimizer)
         time.sleep(args.step_s)
+        for _ in range(int(10 * args.body_s) if run.is_first else 0):
+            time.sleep(0.1)
+            run.alive()
         if run.is_first:
             print(f"step {step.number} {step.loss}", flush=True)
         if args.best_step:
             run.save(metrics={"distance": abs(step.number - args.best_step)})
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":
@@ -91,7 +154,7 @@ if __name__ == "__main__":
         "save_every": args.save_every,
         "snapshot_every": args.snapshot_every,
     }
-    options |= {name: int(value) if value.isdigit() else value for name, value in args.option}
+    options |= {name: _value(value) for name, value in args.option}
     if "keep_best" in options:
         options["keep_best"] = dtrain.Best(options["keep_best"])
     try:

@@ -28,11 +28,11 @@ def total_of(world: int, counts: list[int]) -> Totals:
     """What each rank sends below, added up."""
     ranks = range(world)
     loss = sum(1.5 * rank + 1e-3 for rank in ranks)
-    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, 2)
+    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, False, 2, ())
 
 
 def send(exchange: Exchange, rank: int, counts: list[int]) -> None:
-    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, action=0 if rank else 2)
+    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, end=False, action=0 if rank else 2)
 
 
 def assert_equal(found: Totals, expected: Totals) -> None:
@@ -92,14 +92,14 @@ def test_a_rank_whose_peer_died_in_the_sum_does_not_go_on_alone() -> None:
     def work(rank: int) -> str:
         exchange = Exchange()
         net = Replicated(model(), exchange, exact=False).module
-        exchange.send(1, 1.0, stop=False, action=0)
+        exchange.send(1, 1.0, stop=False, end=False, action=0)
         net(torch.ones(2, 8)).sum().backward()
         exchange.depart()
         assert exchange.totals().count == 2
         dist.barrier()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        exchange.send(1, 1.0, stop=False, action=0)
+        exchange.send(1, 1.0, stop=False, end=False, action=0)
         with pytest.raises(RuntimeError) as found:
             net(torch.ones(2, 8)).sum().backward()
         return str(found.value)

@@ -17,8 +17,8 @@ import dtrain
 from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.snapshot import Slots
-from dtrain.elastic.generation import Placement
-from dtrain.elastic.process import Page
+from dtrain.elastic.page import Page
+from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life
 from tests.saving import connection
 

@@ -8,66 +8,34 @@ process that is dead.
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
-from dtrain.errors import ConfigError
+from dtrain.elastic.placement import Placement
 
 _INBOX = "dtrain/inbox"
 _GAP_S = 1.0
 """Who took a number in the inbox and died before writing to it is passed over after so long."""
 _FOREVER = timedelta(days=365)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where this process stands in the job."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    store: tuple[str, int] | None = None
-    """Address of the store that torchrun's agents share; None for a process that is alone."""
-    restarts: int = 0
-    """How often torchrun has started this group of processes again."""
-    local_world_size: int = 1
-    """How many ranks there are on this machine."""
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:
-        """:raises ConfigError: several processes were started, but not by torchrun."""
-        if "RANK" not in env and "WORLD_SIZE" not in env:
-            return cls()
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            if int(env.get("WORLD_SIZE", "1")) == 1:
-                return cls()
-            raise ConfigError(
-                "several processes were started without torchrun's store; start them with torchrun, and without "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-            )
-        return cls(
-            rank=int(env["RANK"]),
-            world_size=int(env["WORLD_SIZE"]),
-            local_rank=int(env["LOCAL_RANK"]),
-            store=(env["MASTER_ADDR"], int(env["MASTER_PORT"])),
-            restarts=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-        )
+_BEAT = timedelta(seconds=1)
+_LOST_AFTER = 4
+"""A node is gone when its beat hasn't come for so many of the next node's. These are counted, not timed: a machine that
+is too busy to look in time is too busy to judge."""
+_HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a generation ended. The first supervisor to say so decides for all."""
 
-    kind: Literal["done", "failed", "stopped"]
-    """`failed` is followed by another generation, `stopped` isn't."""
+    kind: Literal["done", "failed", "stopped", "ended", "lost"]
+    """`failed` is followed by another generation, `stopped` isn't; `ended` is by a signal; after `lost`, torchrun forms
+    the group anew without a node that is gone."""
     rank: int = -1
     """The rank that failed first."""
     cause: str = ""
@@ -78,6 +46,20 @@ class Outcome:
     """The last step that any generation has finished."""
     stalled: int = 0
     """Generations in a row that ended without a new step."""
+    skipped: tuple[int, ...] = ()
+    """Steps that are passed over, as they have killed several generations."""
+    signal: int = 0
+    """That has ended it."""
+    saved: bool = False
+    """The last step was saved before the end."""
+
+    @classmethod
+    def of(cls, text: str | bytes) -> Outcome:
+        fields = json.loads(text)
+        return cls(**fields | {"skipped": tuple(fields["skipped"])})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 class Group:
@@ -146,25 +128,85 @@ class Group:
 
     def settle(self, generation: int, outcome: Outcome) -> Outcome:
         """Say how a generation ended, and learn who was first to say so."""
-        text = json.dumps(asdict(outcome))
-        decided = self._board.compare_set(f"{generation}/outcome", "", text)
-        return Outcome(**json.loads(decided))
+        return Outcome.of(self._board.compare_set(f"{generation}/outcome", "", outcome.to_json()))
 
     def finished(self, generation: int) -> bool:
         """Say that this rank's trainer has come to its end; True if it was the last one."""
+        self._board.set(f"{generation}/ended/{self.placement.rank}", "")
         return self._board.add(f"{generation}/finished", 1) == self.placement.world_size
+
+    def ended(self, generation: int) -> list[int]:
+        """The ranks whose trainers have come to their end."""
+        if self._board.add(f"{generation}/finished", 0) == 0:
+            return []
+        ranks = range(self.placement.world_size)
+        return [rank for rank in ranks if self._board.check([f"{generation}/ended/{rank}"])]
+
+    def silent(self, generation: int, report: dict[str, Any] | None) -> bool:
+        """Say that this rank's trainer doesn't come any further, or that it does after all.
+
+        :param report: where it is; None takes back what was said before.
+        :returns: whether no rank's does.
+        """
+        if report is None:
+            self._board.add(f"{generation}/silent", -1)
+            return False
+        self._board.set(f"{generation}/report/{self.placement.rank}", json.dumps(report))
+        return self._board.add(f"{generation}/silent", 1) == self.placement.world_size
+
+    def report(self, generation: int, rank: int) -> dict[str, Any]:
+        """What a rank said last when it was silent."""
+        report: dict[str, Any] = json.loads(self._board.get(f"{generation}/report/{rank}"))
+        return report
 
     def outcome(self, generation: int) -> Outcome:
         """Of a generation that has been settled."""
-        return Outcome(**json.loads(self._board.get(f"{generation}/outcome")))
+        return Outcome.of(self._board.get(f"{generation}/outcome"))
+
+    def ask_to_end(self, number: int, *, final: bool) -> bool:
+        """Say that all are to stop after the step that they are in. :returns: whether nobody had said so before.
+
+        :param number: of the signal that is the reason.
+        :param final: nobody is to start the job again.
+        """
+        if final:
+            self._board.set("final", "")
+        asked = self._board.check(["signal"])
+        self._board.compare_set("signal", "", str(number))
+        return not asked
+
+    def asked_to_end(self) -> tuple[int, bool]:
+        """The signal for which somebody said so, or 0; and whether it was final."""
+        if not self._board.check(["signal"]):
+            return 0, False
+        return int(self._board.get("signal")), self._board.check(["final"])
 
     def watch(self, generation: int) -> int:
         """Block until a generation is settled. For a process of its own: it takes a connection of its own.
 
+        With several nodes, one rank of each beats once a second, and watches the next node's beat.
+
         :returns: 0, or 1 if the store is gone.
         """
+        place, outcome = self.placement, f"{generation}/outcome"
         try:
-            dist.PrefixStore(self._prefix, self._connect()).wait([f"{generation}/outcome"], _FOREVER)
+            board = dist.PrefixStore(self._prefix, self._connect())
+            if place.nodes == 1 or place.local_rank:
+                board.wait([outcome], _FOREVER)
+                return 0
+            mine, theirs = f"beat/{place.node}", f"beat/{(place.node + 1) % place.nodes}"
+            board.set(mine, uuid.uuid4().hex)
+            last, silent = b"", 0
+            while silent < _LOST_AFTER:
+                try:
+                    board.wait([outcome], _BEAT)
+                    return 0
+                except dist.DistStoreError:
+                    board.set(mine, uuid.uuid4().hex)
+                    beat = board.get(theirs) if last or board.check([theirs]) else b""
+                    last, silent = beat, silent + 1 if beat == last else 0
+            lost = Outcome(kind="lost", cause=f"node {(place.node + 1) % place.nodes} of {place.nodes} is gone")
+            board.compare_set(outcome, "", lost.to_json())
         except dist.DistError:
             return 1
         return 0
@@ -177,15 +219,24 @@ class Group:
         """A connection for a saver: savers outlive generations."""
         return dist.PrefixStore(f"{self._prefix}/savers", self._connect())
 
-    def remember_stop(self, run: str, outcome: Outcome) -> None:
+    def failures(self, run: str) -> list[float]:
+        """When generations have failed within the last hour, before torchrun's restarts as well: Unix times."""
+        key = f"dtrain/failures/{run}"
+        times: list[float] = json.loads(self._store.get(key)) if self._store.check([key]) else []
+        return [when for when in times if when > time.time() - _HOUR_S]
+
+    def remember_failure(self, run: str) -> None:
+        self._store.set(f"dtrain/failures/{run}", json.dumps([*self.failures(run), time.time()]))
+
+    def remember_end(self, run: str, outcome: Outcome) -> None:
         """Leave word for the processes that torchrun will start in this one's place."""
-        self._store.set(f"dtrain/stopped/{run}", json.dumps(asdict(outcome)))
+        self._store.set(f"dtrain/ended/{run}", outcome.to_json())
 
     @classmethod
-    def stopped_before(cls, placement: Placement, run: str) -> Outcome | None:
+    def ended_before(cls, placement: Placement, run: str) -> Outcome | None:
         """The outcome that was remembered, if torchrun has started a run again that had stopped."""
         if placement.restarts == 0 or placement.store is None:
             return None
         store = dist.TCPStore(*placement.store, is_master=False, timeout=timedelta(seconds=30))
-        key = f"dtrain/stopped/{run}"
-        return Outcome(**json.loads(store.get(key))) if store.check([key]) else None
+        key = f"dtrain/ended/{run}"
+        return Outcome.of(store.get(key)) if store.check([key]) else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import mmap
 import os
 import signal
 import sys
@@ -26,6 +25,8 @@ _PR_SET_NAME = 15
 _THREADS_AT_IMPORT = len(os.listdir("/proc/self/task"))
 """Those of the BLAS libraries, which prepare themselves for a fork."""
 _libc = ctypes.CDLL(None, use_errno=True)
+_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+"""Signals that a parent may read in its own way."""
 
 
 class Child:
@@ -39,6 +40,11 @@ class Child:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self._code: int | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether nobody has waited for its end yet."""
+        return self._code is None
 
     def kill(self) -> int:
         """End it now, if it hasn't ended by itself; returns as `wait` does."""
@@ -55,10 +61,11 @@ class Child:
         return self._code
 
 
-def fork(work: Callable[[], int], name: str = "") -> Child:
+def fork(work: Callable[[], int], name: str = "", *, apart: bool = False) -> Child:
     """Run `work` in a fork of this process, which ends with the exit code that it returns.
 
     :param name: what the process is called by `top` and `ps -o comm`, at most 15 letters.
+    :param apart: in a process group of its own, which doesn't get the signals that are sent to that of its parent.
 
     The child is killed when its parent dies, and doesn't react to Ctrl-C: the parent decides what that means.
     """
@@ -70,7 +77,7 @@ def fork(work: Callable[[], int], name: str = "") -> Child:
         # the pools of the BLAS libraries, which prepare themselves for a fork.
         warnings.simplefilter("ignore", DeprecationWarning)
         # Until the child has handlers of its own, a signal would run the parent's in it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
         pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -79,8 +86,10 @@ def fork(work: Callable[[], int], name: str = "") -> Child:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask - _HELD)
         die_with(parent)
+        if apart:
+            os.setpgid(0, 0)
         if name:
             _libc.prctl(_PR_SET_NAME, name.encode())
         # What the parent's modules registered is the parent's to run; what the child registers runs at its end.
@@ -127,25 +136,3 @@ def check_can_fork() -> None:
             "CUDA was used before dtrain.launch, and a forked trainer could not use it any more. Create models and "
             "tensors on the GPU inside main, or run without supervision by launch(..., in_place=True)"
         )
-
-
-class Page(ctypes.Structure):
-    """A few numbers in memory that a supervisor and its trainer share.
-
-    restored: the step that this generation started from
-    step: the last step that this generation has finished
-    best: the last step that any generation before has finished
-    stop: not 0 when the run is to save and end after the step that it is in
-    """
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("restored", "step", "best", "stop"))
-
-    restored: int
-    step: int
-    best: int
-    stop: int
-
-    @classmethod
-    def shared(cls) -> Page:
-        """One that stays the same memory on both sides of a fork."""
-        return cls.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))

@@ -4,50 +4,64 @@
                 ├─ watcher   blocks on the store until some rank's supervisor has settled the generation
                 └─ saver     writes snapshots to storage; lives as long as the supervisor
 
-It starts no thread, uses no GPU and takes part in no collective, so it can fork at any time. When its trainer dies it
-settles the generation for all ranks; when another rank's did, the watcher ends. Either way it kills its own trainer
-and forks the next. A supervisor or an agent that dies is torchrun's to replace.
+It starts no thread, uses no GPU and takes part in no collective, so it can fork at any time. When its trainer dies, or
+doesn't come any further, it settles the generation for all ranks; when another rank's did, the watcher ends. Either way
+it kills its own trainer and forks the next. A supervisor, an agent or a node that dies is torchrun's to replace.
+
+It ends with one of these codes, and torchrun itself with 1 for all but the first:
+
+    0     the training is done
+    1     it has failed for good: the error would come again, or came too often
+    75    a node is gone: torchrun is to form the group anew
+    130   Ctrl-C, after a checkpoint; the second one ends it at once
+    143   SIGTERM, SIGUSR1 or a notice, after a checkpoint
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import math
 import os
 import select
 import signal
 import socket
-import sys
 import time
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
-
-import torch.distributed as dist
 
 from dtrain.checkpoint.channel import Client, Remote, send, serve
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.snapshot import Slots
 from dtrain.config import Config
-from dtrain.elastic.generation import Group, Outcome, Placement
-from dtrain.elastic.process import Child, Page, check_can_fork, die_with, fork
-from dtrain.errors import DtrainError, SaveError
+from dtrain.elastic import watchdog
+from dtrain.elastic.failure import Failure, described
+from dtrain.elastic.farewell import Farewell
+from dtrain.elastic.generation import Group, Outcome
+from dtrain.elastic.page import STOPPED, Page
+from dtrain.elastic.placement import Placement
+from dtrain.elastic.process import Child, check_can_fork, die_with, fork
+from dtrain.elastic.signals import Signals
+from dtrain.elastic.verdict import Judge
+from dtrain.elastic.watchdog import TICK_S, Report, Watchdog
 from dtrain.observe.events import Events, say
 
 _VICTIM_WAIT_S = 0.25
 """A failed collective is most often another rank's death: that rank gets so long to say so itself."""
 _LAST_SAVE_WAIT_S = 2.0
-"""When a run ends for good, the newest snapshot is saved, if all ranks' savers come to it within so long. Not all do
-where torchrun ends the processes because one of them has died, and it waits for the others to be gone."""
+"""When a run ends in the middle of a step, the newest snapshot is saved, if all ranks' savers come to it within so
+long. Not all do where torchrun ends the processes because one of them has died."""
+_FOR_THE_STEP = 0.7
+"""The part of the grace time that a step has to be finished and saved in; the rest is for the newest snapshot."""
 _SAVERS_NICENESS = 15
 """The training goes first."""
 _MOST_DEATHS = 5
 """Of savers, within a minute."""
-_TRACE_BYTES = 30_000
-"""Less than the capacity of a pipe, so that a trainer is never held up while it says why it failed."""
+_ENDING = (signal.SIGTERM, signal.SIGUSR1)
+_MOST_NAMED = 4
+"""Ranks in a message."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class Life:
     slots: Slots
     client: Client
     """Its saver."""
+    skipped: tuple[int, ...] = ()
+    """Steps to pass over."""
 
 
 Work = Callable[[Life], None]
@@ -78,279 +94,292 @@ class Supervisor:
         self._events = Events(config.local_dir)
         self._page = Page.shared()
         self._slots = Slots()
+        self._judge = Judge(config, self._page, self._slots.board)
         self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._saver: Child | None = None
         self._savers_deaths: list[float] = []
-        self._committed = 0
-        """The last commit before this generation."""
-        self._generation = 0
-        self._best = 0
-        self._stalled = 0
-        self._trainer: Child | None = None
-        self._watcher: Child | None = None
+        self._asked: signal.Signals | None = None
+        """To end, by this signal."""
+        self._deadline = math.inf
+        self._started = time.time()
         self._said = ""
         """The last traceback that was shown: the same one isn't shown again."""
 
     def run(self) -> None:
         """Return when the training is done.
 
-        :raises SystemExit: it has failed for good (1), or was ended by Ctrl-C (130).
+        :raises SystemExit: it isn't; see above for the codes.
         """
         check_can_fork()
         if self._placement.store is not None:
             die_with(os.getppid())
-        run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
-        stopped = Group.stopped_before(self._placement, run)
-        if stopped is not None:
-            self._give_up(stopped, again=True)
-        signal.signal(signal.SIGINT, self._on_interrupt)
-        signal.signal(signal.SIGTERM, self._on_terminate)
-        group = Group(self._placement, self._config.timeout_s)
+        self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
+        farewell = Farewell(self._placement, self._run)
+        farewell.again()
+        self._group = Group(self._placement, self._config.timeout_s)
+        self._signals = Signals((signal.SIGINT, *_ENDING))
+        self._saver = self._fork_saver()
         generation = 0
-        self._saver = self._fork_saver(group)
         while True:
-            outcome = self._live_through(group, generation)
-            if outcome.kind == "done":
-                self._end_saver()
+            outcome = self._live_through(generation)
+            if outcome.kind != "failed":
                 break
-            if outcome.kind == "stopped":
-                send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
-                self._end_saver()
-                group.remember_stop(run, outcome)
-                self._give_up(outcome)
-            self._best, self._stalled = outcome.best, outcome.stalled
+            self._judge.learn(outcome)
             generation += 1
-        if self._page.stop:
-            sys.exit(128 + signal.SIGINT)
+        if outcome.kind in ("stopped", "ended") and not outcome.saved:
+            send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
+        self._end_saver()
+        if outcome.kind != "done":
+            farewell.leave(outcome, self._group, self._slots.board.committed)
+        self._signals.close()
 
-    def _live_through(self, group: Group, generation: int) -> Outcome:
+    def _live_through(self, generation: int) -> Outcome:
         """Fork a trainer, and have it behind us when the generation is settled."""
-        self._page.best, self._page.step, self._page.restored = self._best, 0, 0
-        self._committed = self._slots.board.committed
-        self._generation = generation
+        self._judge.begin()
         said, saying = os.pipe()
         client = Remote(self._trainers_end, self._slots.board, generation)
-        life = Life(group, generation, self._page, self._slots, client)
-        trainer = fork(lambda: self._train(life, saying), "dtrain-trainer")
-        self._trainer = trainer
+        life = Life(self._group, generation, self._page, self._slots, client, self._judge.skipped)
+        config = self._config
+        dog = Watchdog(self._page, self._placement.rank, config.hang_after_s, patient=config.compile)
+        trainer = self._fork(lambda: self._train(life, dog, saying), "dtrain-trainer")
         os.close(saying)
+        watcher = _Watcher(self._fork, self._group, generation)
         try:
-            return self._wait(group, generation, trainer, said)
+            return self._wait(generation, trainer, watcher, dog, said)
         finally:
             os.close(said)
             trainer.kill()
-            self._trainer = None
-            if self._watcher is not None:
-                self._watcher.kill()
-                self._watcher = None
+            watcher.end()
+            dog.close()
             # Whatever this trainer has asked for lies before this in the saver's queue, and nothing of it behind.
             send(self._trainers_end, do="over", generation=generation, rank=self._placement.rank)
 
-    def _train(self, life: Life, saying: int) -> int:
-        """The trainer's whole life. Why it failed goes through the pipe, while its peers still see it alive."""
+    def _fork(self, work: Callable[[], int], name: str) -> Child:
+        # torchrun's agent sends its signals to the whole process group, and it's the supervisor that knows what to do.
+        return fork(work, name, apart=self._placement.store is not None)
+
+    def _train(self, life: Life, dog: Watchdog, saying: int) -> int:
+        """The trainer's whole life."""
+        supervisor = os.getppid()
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            os.kill(supervisor, number)
+
+        for number in _ENDING:
+            signal.signal(number, pass_on)
+        dog.in_the_trainer()
         try:
             self._work(life)
-        except SystemExit as error:
-            if error.code in (None, 0):
-                return 0
-            failure: dict[str, Any] = {"cause": f"exited with {error.code!r}", "trace": traceback.format_exc()}
         except BaseException as error:
-            failure = {
-                "cause": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                "trace": str(error) if isinstance(error, DtrainError | SaveError) else traceback.format_exc(),
-                "final": isinstance(error, DtrainError),
-                "unsaved": isinstance(error, SaveError),
-                "victim": _is_victim(error),
-            }
-        else:
-            return 0
-        failure["trace"] = failure["trace"][-_TRACE_BYTES:]
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.write(saying, json.dumps(failure).encode() + b"\n")
-        os.close(saying)
-        time.sleep(_VICTIM_WAIT_S + 5)  # killed long before; its connections must not break first
-        return 1
+            if isinstance(error, SystemExit) and error.code in (None, 0):
+                return 0
+            Failure.of(error).tell(saying)
+            return 1
+        return 0
 
-    def _wait(self, group: Group, generation: int, trainer: Child, said: int) -> Outcome:
+    def _wait(self, generation: int, trainer: Child, watcher: _Watcher, dog: Watchdog, said: int) -> Outcome:
         """Block until the generation is settled, by us or by another rank's supervisor."""
+        group, failure, patience, silent = self._group, None, math.inf, False
+        ready: set[int] = set()
         poll = select.poll()
-        for descriptor in (trainer.pidfd, said):
+        for descriptor in (trainer.pidfd, said, self._signals.descriptor):
             poll.register(descriptor, select.POLLIN)
-        failure: dict[str, Any] = {}
-        patience: float | None = None
         while True:
-            if self._watcher is None and self._placement.world_size > 1:
-                self._watcher = fork(lambda: group.watch(generation), "dtrain-watcher")
-                poll.register(self._watcher.pidfd, select.POLLIN)
             assert self._saver is not None
-            poll.register(self._saver.pidfd, select.POLLIN)
-            ready = {descriptor for descriptor, _ in poll.poll(patience)}
-            poll.unregister(self._saver.pidfd)
+            others = [self._saver.pidfd, *watcher.descriptors()]
+            for descriptor in others:
+                poll.register(descriptor, select.POLLIN)
+            now = time.monotonic()
+            timeout_s = max(0.0, min(TICK_S, patience - now, self._deadline - now))
+            ready = {descriptor for descriptor, _ in poll.poll(1000 * timeout_s)}
+            for descriptor in others:
+                poll.unregister(descriptor)
+            if self._signals.descriptor in ready:
+                self._on_signal(trainer)
             if self._saver.pidfd in ready:
-                self._replace_saver(group)
-            elif self._watcher is not None and self._watcher.pidfd in ready:
-                poll.unregister(self._watcher.pidfd)
-                code = self._watcher.wait()
-                if code == 0:
-                    return group.outcome(generation)
-                if code > 0:
-                    raise ConnectionError("torchrun's store is gone")
-                self._watcher = None  # somebody killed it: another one will be told the same
+                self._replace_saver()
+            elif watcher.has_ended(ready):
+                return group.outcome(generation)
             elif said in ready:
                 poll.unregister(said)
-                failure = _read(said)
-                if failure.get("victim") and self._placement.world_size > 1:
-                    patience = 1000 * _VICTIM_WAIT_S
-                elif failure:
-                    return self._fail(group, generation, failure)
-            elif trainer.pidfd in ready and not failure:
+                failure = Failure.heard(said)
+                if failure is not None and failure.victim and self._placement.world_size > 1:
+                    patience = time.monotonic() + _VICTIM_WAIT_S
+                elif failure is not None:
+                    return self._fail(generation, failure)
+            elif trainer.pidfd in ready and failure is None:
                 poll.unregister(trainer.pidfd)
                 code = trainer.wait()
                 if code != 0:
-                    return self._fail(group, generation, {"cause": _describe(code)})
+                    return self._fail(generation, Failure.of_code(code))
                 if group.finished(generation):
-                    return group.settle(generation, Outcome(kind="done"))
-            elif failure:  # nobody else has owned up, or the trainer has ended meanwhile
-                return self._fail(group, generation, failure)
+                    return group.settle(generation, self._at_the_end())
+                if group.silent(generation, asdict(watchdog.ended(self._placement.rank))):
+                    return self._hang(generation)
+            elif failure is not None and (trainer.pidfd in ready or time.monotonic() >= patience):
+                return self._fail(generation, self._unless_one_has_left(generation, failure))
+            elif time.monotonic() >= self._deadline:
+                cause = f"the step did not come to its end within {_FOR_THE_STEP:.0%} of grace_s={self._config.grace_s}"
+                return self._fail(generation, Failure(cause=cause))
+            elif trainer.running and dog.is_silent() != silent:
+                silent = not silent
+                if group.silent(generation, asdict(dog.report(trainer.pid)) if silent else None):
+                    return self._hang(generation)
+            self._look_for_notice(trainer)
 
-    def _fork_saver(self, group: Group) -> Child:
-        place = self._placement
+    def _at_the_end(self) -> Outcome:
+        """All trainers have come to the end of main, or were told to go there."""
+        if self._page.stop != STOPPED:
+            return Outcome(kind="done")
+        return Outcome(kind="ended", signal=self._group.asked_to_end()[0], saved=True)
 
-        def work() -> int:
-            # torchrun sends it to all that a supervisor has forked; the supervisor says when there is nothing to save.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.nice(_SAVERS_NICENESS)
-            saver = Saver.of(self._config, group.savers_store, place.rank, place.world_size, self._slots)
-            serve(self._savers_end, saver, self._slots.board)
-            return 0
+    def _unless_one_has_left(self, generation: int, failure: Failure) -> Failure:
+        """What makes a victim of a rank may be that another one's training was over too soon."""
+        left = self._group.ended(generation)
+        if not left:
+            return failure
+        who = f"rank {left[0]}" if len(left) == 1 else f"ranks {', '.join(map(str, left))}"
+        cause = f"{who} came to the end of main while others were in a step; all ranks must go through the same steps"
+        return Failure(cause=cause, trace=failure.trace)
 
-        return fork(work, "dtrain-saver")
+    def _hang(self, generation: int) -> Outcome:
+        """Settle a generation in which no rank comes any further."""
+        ranks = range(self._placement.world_size)
+        reports = [Report(**self._group.report(generation, rank)) for rank in ranks]
+        blamed = watchdog.blamed(reports)
+        cause = "hang: " + "; ".join(report.place for report in blamed[:_MOST_NAMED])
+        if len(blamed) < len(reports):
+            cause += ", and the others wait"
+        folder = Path(self._config.local_dir) / "hangs" / time.strftime("%Y-%m-%dT%H-%M-%SZ", time.gmtime())
+        try:
+            watchdog.write(reports, folder)
+            cause += f" (stacks of all ranks: {folder})"
+        except OSError as error:
+            cause += f" (their stacks can't be written: {error})"
+        stacks = next((report.stacks for report in blamed if report.stacks), "")
+        return self._fail(generation, Failure(cause=cause, trace=stacks), blamed[0].rank)
 
-    def _replace_saver(self, group: Group) -> None:
-        """Put another one in the place of a saver that has died.
-
-        :raises RuntimeError: they die one after the other.
-        """
-        assert self._saver is not None
-        cause = _describe(self._saver.wait())
-        self._savers_deaths = [*self._savers_deaths[-_MOST_DEATHS:], time.monotonic()]
-        if len(self._savers_deaths) > _MOST_DEATHS and self._savers_deaths[-1] - self._savers_deaths[0] < 60:
-            raise RuntimeError(f"the saver of rank {self._placement.rank} dies again and again ({cause})")
-        self._events.warn(f"the saver of rank {self._placement.rank} was {cause}; it is replaced")
-        self._saver = self._fork_saver(group)
-
-    def _end_saver(self) -> None:
-        """Let the saver finish what it is at, and end."""
-        assert self._saver is not None
-        send(self._trainers_end, do="end")
-        select.select([self._saver.pidfd], [], [], self._config.timeout_s)
-        self._saver.kill()
-
-    def _fail(self, group: Group, generation: int, failure: dict[str, Any]) -> Outcome:
-        """Settle a generation whose trainer failed here, unless another rank was first."""
-        page = self._page
-        known = max(self._best, page.restored)
-        # A checkpoint that can't be written doesn't keep the training from new steps, but is no less of a failure.
-        committed = self._slots.board.committed
-        progress = committed > self._committed if failure.get("unsaved") else page.step > known
-        stalled = 0 if progress else self._stalled + 1
-        final = failure.get("final") or stalled >= self._config.max_stalled
-        mine = Outcome(
-            kind="stopped" if final else "failed",
-            rank=self._placement.rank,
-            cause=failure["cause"],
-            trace=failure.get("trace", ""),
-            best=max(known, page.step),
-            stalled=stalled,
-        )
-        outcome = group.settle(generation, mine)
+    def _fail(self, generation: int, failure: Failure, rank: int | None = None) -> Outcome:
+        """Settle a generation that failed here, unless another rank was first. :param rank: the one that did."""
+        asked, _ = self._group.asked_to_end()
+        rank = self._placement.rank if rank is None else rank
+        mine = self._judge.outcome(failure, rank, len(self._group.failures(self._run)), asked)
+        outcome = self._group.settle(generation, mine)
         if outcome == mine:
+            self._group.remember_failure(self._run)
+            page = self._page
             at = max(page.step, page.restored)
             if os.path.isdir(self._config.local_dir):
                 self._events.emit(
                     "failed", generation=generation, rank=mine.rank, cause=mine.cause, step=at, best=mine.best
                 )
-            if not final:
+            if mine.kind == "failed":
                 say(f"rank {mine.rank} failed after step {at}: {mine.cause}; starting it again")
                 if mine.trace and mine.trace != self._said:
                     say(mine.trace)
                 self._said = mine.trace
         return outcome
 
-    def _give_up(self, outcome: Outcome, again: bool = False) -> None:
-        """End this process with the first failure, the same one on every rank.
-
-        :param again: it has been said before, and torchrun has started the processes again in vain.
-        """
-        first = outcome.rank == self._placement.rank
-        why = f"rank {outcome.rank} failed: {outcome.cause}"
-        if outcome.stalled >= self._config.max_stalled:
-            what = "checkpoint" if outcome.cause.startswith(SaveError.__name__) else "step"
-            why = f"no new {what} in {outcome.stalled} generations; the last time {why}"
-        if first:
-            say(f"stopped{' before' if again else ''}: {why}")
-            if outcome.trace and outcome.trace not in why and not again:
-                say(outcome.trace)
-        _tell_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
-        sys.exit(1)
-
-    def _on_terminate(self, signum: int, frame: FrameType | None) -> None:
-        """The machine is wanted back, or torchrun ends all processes since one has died: in time for a last save."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        for child in (self._trainer, self._watcher):
-            if child is not None:
-                with contextlib.suppress(OSError):  # its end was being waited for at this moment
-                    child.kill()
-        if self._saver is not None:
-            if self._placement.rank == 0:
-                say("SIGTERM: saving the newest snapshot")
-            with contextlib.suppress(OSError, ValueError):  # the saver was being replaced at this moment
-                send(self._trainers_end, do="over", generation=self._generation, rank=self._placement.rank)
-                send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
-                self._end_saver()
-            if self._placement.rank == 0:
-                say(f"stopped: the newest checkpoint is that of step {self._slots.board.committed}")
-        os._exit(128 + signal.SIGTERM)
-
-    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._page.stop:
-            if self._trainer is not None:
-                self._trainer.kill()
+    def _on_signal(self, trainer: Child) -> None:
+        found = self._signals.read()
+        if found is None:
+            return
+        number, sender = found
+        if number == signal.SIGINT and self._asked == signal.SIGINT:
+            trainer.kill()
             os._exit(128 + signal.SIGINT)
-        self._page.stop = 1
-        if self._placement.rank == 0:
-            say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        agents = self._placement.store is not None and sender == os.getppid()
+        self._ask_to_end(number, final=not agents)
+
+    def _look_for_notice(self, trainer: Child) -> None:
+        path = self._config.notice_file
+        if path and self._asked is None:
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_mtime >= self._started:
+                    self._ask_to_end(signal.SIGTERM, final=True, why=f"{path} is there")
+
+    def _ask_to_end(self, number: signal.Signals, *, final: bool, why: str = "") -> None:
+        """Have all ranks stop after the step that they are in."""
+        self._page.stop = self._page.stop or 1
+        first = self._group.ask_to_end(number, final=final)
+        if self._asked is None or number == signal.SIGINT:
+            self._asked = number
+        if number == signal.SIGINT:
+            if self._placement.rank == 0:
+                say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            return
+        self._deadline = min(self._deadline, time.monotonic() + _FOR_THE_STEP * self._config.grace_s)
+        if first:
+            say(f"{why or number.name}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
+
+    def _fork_saver(self) -> Child:
+        place = self._placement
+
+        def work() -> int:
+            # They may be sent to all processes of a job; the supervisor says when there is nothing to save.
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_IGN)
+            os.nice(_SAVERS_NICENESS)
+            saver = Saver.of(self._config, self._group.savers_store, place.rank, place.world_size, self._slots)
+            serve(self._savers_end, saver, self._slots.board)
+            return 0
+
+        return self._fork(work, "dtrain-saver")
+
+    def _replace_saver(self) -> None:
+        """Put another one in the place of a saver that has died.
+
+        :raises RuntimeError: they die one after the other.
+        """
+        assert self._saver is not None
+        cause = described(self._saver.wait())
+        self._savers_deaths = [*self._savers_deaths[-_MOST_DEATHS:], time.monotonic()]
+        if len(self._savers_deaths) > _MOST_DEATHS and self._savers_deaths[-1] - self._savers_deaths[0] < 60:
+            raise RuntimeError(f"the saver of rank {self._placement.rank} dies again and again ({cause})")
+        self._events.warn(f"the saver of rank {self._placement.rank} was {cause}; it is replaced")
+        self._saver = self._fork_saver()
+
+    def _end_saver(self) -> None:
+        """Let the saver finish what it is at, and end."""
+        assert self._saver is not None
+        send(self._trainers_end, do="end")
+        until = time.monotonic() + self._config.timeout_s
+        while not self._signals.wait(self._saver.pidfd, max(0.0, until - time.monotonic())):
+            found = self._signals.read()
+            if found is None or (found[0] == signal.SIGINT and self._asked == signal.SIGINT):
+                break
+        self._saver.kill()
 
 
-def _is_victim(error: BaseException) -> bool:
-    """Whether an error looks like the outcome of another rank's death."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo/transport", "Connection closed by peer", "Connection reset", "NCCL")
-    )
+class _Watcher:
+    """Who waits for the end of a generation on other ranks; another one comes in the place of one that dies."""
 
+    def __init__(self, fork: Callable[[Callable[[], int], str], Child], group: Group, generation: int) -> None:
+        self._fork = fork
+        self._group = group
+        self._generation = generation
+        self._child: Child | None = None
 
-def _describe(code: int) -> str:
-    if code >= 0:
-        return f"exited with code {code}"
-    return f"killed by {signal.Signals(-code).name}"
+    def descriptors(self) -> list[int]:
+        """To be polled; there is none where nobody else is."""
+        if self._child is None and self._group.placement.world_size > 1:
+            self._child = self._fork(self._work, "dtrain-watcher")
+        return [] if self._child is None else [self._child.pidfd]
 
+    def _work(self) -> int:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        return self._group.watch(self._generation)
 
-def _read(descriptor: int) -> dict[str, Any]:
-    """The line that a trainer said; {} if it ended without a word."""
-    # Not up to the end of the pipe: a data loader's worker may hold that open.
-    data = b""
-    while not data.endswith(b"\n") and (part := os.read(descriptor, 1 << 16)):
-        data += part
-    failure: dict[str, Any] = json.loads(data) if data.endswith(b"\n") else {}
-    return failure
+    def has_ended(self, ready: Collection[int]) -> bool:
+        """Whether the generation is settled. :raises ConnectionError: torchrun's store is gone."""
+        if self._child is None or self._child.pidfd not in ready:
+            return False
+        code, self._child = self._child.wait(), None
+        if code > 0:
+            raise ConnectionError("torchrun's store is gone")
+        return code == 0  # else somebody has killed it: another one will be told the same
 
-
-def _tell_torchrun(message: str) -> None:
-    """Put a message where torchrun's own summary of the failure takes it from."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+    def end(self) -> None:
+        if self._child is not None:
+            self._child.kill()

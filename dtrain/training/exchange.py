@@ -1,4 +1,4 @@
-"""The few numbers that the ranks add up in every step: count, loss, whether to stop, whether to save.
+"""The few numbers that the ranks add up in every step: count, loss, whether to stop, whether to save, their own times.
 
 A message of its own would cost them a millisecond on busy CPU cores, more than everything else that dtrain adds to a
 step. So they ride along with gradients: the communication hook appends them to the first bucket that leaves, which has
@@ -9,6 +9,7 @@ no bucket can take them (GPUs, whose results are looked at later, and gradients 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,13 @@ class Totals:
     count: int
     loss: float
     stop: bool
+    """The loop is to end, as somebody's code has asked for it."""
+    end: bool
+    """The process is to end, after a checkpoint."""
     action: int
     """What rank 0 wants done after the step: see `schedule`."""
+    own_s: tuple[float, ...]
+    """How long each rank was at work by itself since the step before: see `slow`."""
 
 
 class Exchange:
@@ -39,16 +45,19 @@ class Exchange:
         self._numbers = torch.zeros(0)
         self._waiting = False
         self._work: dist.Work | None = None
+        self._level = time.monotonic()
 
-    def send(self, count: int, loss: float, *, stop: bool, action: int) -> None:
+    def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int) -> None:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
 
         :param action: on rank 0, what to do after the step; 0 on the others.
         """
+        own_s = [0.0] * dist.get_world_size()
+        own_s[dist.get_rank()] = time.monotonic() - self._level
         digits = [float(count >> (_BITS * place) & ((1 << _BITS) - 1)) for place in range(_DIGITS)]
         coarse = float(torch.tensor(loss, dtype=torch.float32))
         fine = loss - coarse if math.isfinite(coarse) else 0.0
-        self._numbers = torch.tensor([*digits, coarse, fine, stop, action], dtype=torch.float32)
+        self._numbers = torch.tensor([*digits, coarse, fine, stop, end, action, *own_s], dtype=torch.float32)
         self._waiting = True
 
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -73,6 +82,7 @@ class Exchange:
 
     def depart(self) -> None:
         """Send the numbers alone, if the backward pass that is over took none along. All ranks must reach this."""
+        self._level = time.monotonic()
         if self._waiting:
             self._waiting = False
             self._work = dist.all_reduce(self._numbers, async_op=True)
@@ -82,9 +92,10 @@ class Exchange:
         if self._work is not None:
             self._work.wait()
             self._work = None
-        *digits, coarse, fine, stop, action = self._numbers.tolist()
+        numbers = self._numbers.tolist()
+        digits, (coarse, fine, stop, end, action, *own_s) = numbers[:_DIGITS], numbers[_DIGITS:]
         count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
-        return Totals(count, coarse + fine, stop > 0, int(action))
+        return Totals(count, coarse + fine, stop > 0, end > 0, int(action), tuple(own_s))
 
 
 def finished(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:

@@ -6,6 +6,7 @@ It ties the loop to everything else: the ranks, the data, the checkpoints, and t
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from dtrain.checkpoint.schedule import Action, Schedule
 from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State, bare
 from dtrain.config import SAME_BITS, Config, Interval
+from dtrain.elastic.page import STOPPED, Phase
 from dtrain.elastic.supervisor import Life
 from dtrain.errors import UsageError
 from dtrain.observe.events import Events, Metrics, say
@@ -34,6 +36,7 @@ from dtrain.training.folder import open_folders
 from dtrain.training.parallel import Hook, Parallel, same_buffers
 from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
+from dtrain.training.slow import Stragglers
 from dtrain.training.sources import Sources
 from dtrain.training.step import Flags, Step
 
@@ -65,6 +68,8 @@ class Run:
             early=config.early_save,
             local_save_every=None if local is None else Interval.parse(local, "local_save_every"),
         )
+        self._skipped = set(life.skipped)
+        self._stragglers = Stragglers()
         self._stop = False
         self._started = False
         self._done = 0
@@ -207,7 +212,11 @@ class Run:
         if self.is_first:
             self._metrics = Metrics(self.config.local_dir)
             self._progress = Progress(self._done, total, self.config.unit)
+        end = False
         for number in range(self._done + 1, total + 1):
+            if number in self._skipped:
+                self._pass_over(number)
+                continue
             step = Step(
                 number,
                 seed=self.config.seed,
@@ -218,6 +227,7 @@ class Run:
                 scaler=scaler,
                 ask=self._ask,
                 before_update=self._manager.complete,
+                page=self._page,
             )
             self._step = step
             started = time.monotonic()
@@ -229,9 +239,12 @@ class Run:
                 raise
             self._finish(step)
             self._same_buffers()
-            if step.totals.stop:
+            end = step.totals.end
+            if end or step.totals.stop:
                 break
-            self._schedule.stepped(time.monotonic() - started, saving=self._manager.busy)
+            seconds = time.monotonic() - started
+            self._schedule.stepped(seconds, saving=self._manager.busy)
+            self._name_stragglers(step.totals.own_s, seconds)
             match Action(step.totals.action):
                 case Action.SAVE:
                     self._save()
@@ -243,6 +256,10 @@ class Run:
         if self.is_first:
             ended = "finished" if self._done >= total else "stopped"
             say(f"{ended}: step {self._done} of {max(total, self._done)}, saved")
+        if end and self._done < total:
+            # What comes behind the loop is for a training that is done, or was stopped by its own code.
+            self._page.stop = STOPPED
+            raise SystemExit(0)
 
     def save(self, *, metrics: dict[str, float] | None = None, wait: bool = True) -> None:
         """Commit a checkpoint of the last finished step now. All ranks must reach it.
@@ -272,6 +289,7 @@ class Run:
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         if self._saved == self._done and not metrics:
             return
+        self._page.mark(Phase.SAVE)
         if self._metrics is not None:
             self._metrics.flush()
         self._same_buffers()
@@ -281,6 +299,7 @@ class Run:
         self._schedule.snapped(self._done, self._manager.stall_s)
 
     def _local_save(self) -> None:
+        self._page.mark(Phase.SAVE)
         if self._metrics is not None:
             self._metrics.flush()
         self._manager.save(self._state, self._done, self._position(), local=True)
@@ -288,6 +307,7 @@ class Run:
         self._schedule.snapped(self._done, self._manager.stall_s)
 
     def _snapshot(self) -> None:
+        self._page.mark(Phase.SAVE)
         if self._metrics is not None:
             self._metrics.flush()
         self._manager.snapshot(self._state, self._done, self._position())
@@ -303,6 +323,8 @@ class Run:
         elif self._started and self._done > 0:
             self._step = None
             self._save()
+            self._page.at = 0
+            self._page.mark(Phase.END)
             self._manager.wait()
             if self._schedule.skipped:
                 self._events.warn(
@@ -311,15 +333,40 @@ class Run:
                 )
                 self._schedule.skipped = 0
         self._sources.close()
+        self._page.at = 0
+        self._page.mark(Phase.MAIN)
         if self._progress is not None:
             self._progress.close()
         if self._metrics is not None:
             self._metrics.close()
 
+    def _pass_over(self, number: int) -> None:
+        """Leave out a step that has killed several generations."""
+        ids = self._sources.skip(number)
+        self._done = number
+        self._page.finished(number)
+        if self.is_first:
+            self._events.emit("skipped", step=number, samples=ids)
+            say(f"step {number} is skipped; the ids of its samples are in events.jsonl")
+
+    def _name_stragglers(self, own_s: Sequence[float], step_s: float) -> None:
+        if not self.is_first:
+            return
+        for rank, (own, middle) in self._stragglers.stepped(own_s, step_s).items():
+            self._events.emit("slow", rank=rank, own_s=own, middle_s=middle)
+            say(
+                f"rank {rank} holds up the others: it is at work by itself for {1000 * own:.0f} ms of a step, and most "
+                f"ranks for {1000 * middle:.0f} ms"
+            )
+
+    def alive(self) -> None:
+        """Say that the loop is at work, where its body takes longer than `Config.hang_after_s`."""
+        self._page.mark(Phase.BODY)
+
     def _ask(self) -> Flags:
         assert self._step is not None
         due = self._schedule.due(self._step.number, busy=self._manager.busy) if self.is_first else Action.NOTHING
-        return bool(self._stop or self._page.stop), due
+        return self._stop, self._page.stop > 0, due
 
     def _same_buffers(self) -> None:
         models = [bare(model.module) for model in self._parallel.models]
@@ -330,7 +377,8 @@ class Run:
         if self._done == step.number:  # by a save inside the loop
             return
         step.finish()
-        self._done = self._page.step = step.number
+        self._done = step.number
+        self._page.finished(step.number)
         if self.is_first and step.number == self._page.best + 1 and self._generation:
             self._events.emit("caught_up", step=step.number, generation=self._generation)
         if self._metrics is not None and self._progress is not None:
@@ -340,11 +388,13 @@ class Run:
             self._progress.step(step.number, loss, step.totals.count)
 
     def _restore(self) -> None:
+        self._page.mark(Phase.RESTORE)
         self._manager.claim()
         self._events.emit(
             "started",
             rank=self.rank,
             pid=os.getpid(),
+            host=socket.gethostname(),
             world_size=self.world_size,
             generation=self._generation,
             epoch=self._manager.epoch,
@@ -353,6 +403,7 @@ class Run:
         restored = self._manager.restore(self._state)
         if restored is not None:
             self._sources.restore(restored.position["data"])
+            self._skipped |= set(restored.position.get("skipped", ()))
             self._done = self._page.restored = restored.step
             self._saved = restored.step if restored.committed else -1
         if self.is_first:
@@ -365,6 +416,7 @@ class Run:
             "samples": self._done * self.config.global_batch,
             "config": {name: getattr(self.config, name) for name in SAME_BITS},
             "data": self._sources.positions(),
+            "skipped": sorted(self._skipped),
         }
 
 

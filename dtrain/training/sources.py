@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dtrain.config import Config
 from dtrain.errors import DataError, UsageError
 from dtrain.training.data import Collate, Data, Dataset, MapData, is_map_style
+from dtrain.training.order import block
 from dtrain.training.parallel import Parallel
 from dtrain.training.random import generators_kept
 from dtrain.training.stream import Stream
@@ -58,6 +59,19 @@ class Sources:
             yield batch
         for model in models:
             model.look(0, uneven=False)
+
+    def skip(self, step: int) -> dict[str, list[int]]:
+        """Leave out a step. :returns: the ids of its samples, over all ranks, as far as they have any."""
+        everything = range(self._config.micro_batches)
+        mine = block(self._config.micro_batches, self._parallel.rank, self._parallel.world_size)
+        found = {}
+        for name, data in self._sorted():
+            if isinstance(data, MapData):
+                found[name] = [index for places in data.places(step, everything) for _, index in places]
+            else:
+                for _ in data.batches(step, mine):
+                    pass
+        return found
 
     def check(self) -> None:
         """All ranks must reach it. :raises DataError: they don't have the same data."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from dtrain.elastic.page import Page, Phase
 from dtrain.errors import UsageError
 from dtrain.training.data import Data
 from dtrain.training.exchange import MOST, Exchange, Totals
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 _CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
 
-Flags = tuple[bool, int]
-"""Whether to stop after this step, and what else to do after it."""
+Flags = tuple[bool, bool, int]
+"""Whether to stop after this step, or to end the process, and what else to do after it."""
 
 
 class Step:
@@ -55,6 +56,7 @@ class Step:
         scaler: GradScaler | None,
         ask: Callable[[], Flags],
         before_update: Callable[[], None],
+        page: Page,
     ) -> None:
         self.number = number
         self.values: dict[str, float] = {}
@@ -67,6 +69,9 @@ class Step:
         self._scaler = scaler
         self._ask = ask
         self._before_update = before_update
+        self._page = page
+        page.at, page.micro_batch, page.left = number, -1, len(self._block)
+        page.mark(Phase.DATA)
         self._open = False
         self._backwards = 0
         self.begun = False
@@ -86,7 +91,11 @@ class Step:
         """
         if self._backwards:
             raise UsageError(f"step {self.number}: micro_batches was gone through before; do so once a step")
+        page = self._page
+        page.micro_batch = self._block[0]
+        page.mark(Phase.DATA)
         for index, batch in zip(self._block, data.batches(self.number, self._block), strict=True):
+            page.mark(Phase.FORWARD)
             set_generators(self._seed, self.number, index)
             turn = self._turn(index)
             for model in self._parallel.models:
@@ -100,6 +109,10 @@ class Step:
                     f"step {self.number}: micro-batch {index} got no step.backward(loss, count=...); every "
                     "one needs it, or the other ranks would wait for this one"
                 )
+            page.micro_batch = index + 1
+            page.mark(Phase.DATA)
+        page.micro_batch = -1
+        page.mark(Phase.UPDATE)
         set_generators(self._seed, self.number, "update")
 
     def _turn(self, index: int) -> Turn:
@@ -128,6 +141,8 @@ class Step:
             )
         self._open = False
         self._backwards += 1
+        self._page.left = len(self._block) - self._backwards
+        self._page.mark(Phase.BACKWARD)
         self._count += count
         exact, counts = self._parallel.exact, self._parallel.counts
         if self._losses is None:  # a place for each micro-batch, where the order of the sum is not to matter
@@ -137,9 +152,9 @@ class Step:
         last = self._backwards == len(self._block)
         alone = exact or not loss.is_cpu
         if last:
-            stop, action = self._ask()
+            stop, end, action = self._ask()
             sent = 0.0 if alone else float(self._losses)
-            self._exchange.send(self._count if counts else 0, sent, stop=stop, action=action)
+            self._exchange.send(self._count if counts else 0, sent, stop=stop, end=end, action=action)
         with self._precision.off():
             (self._scaler.scale(loss) if self._scaler else loss).backward()
         if last:
@@ -168,6 +183,7 @@ class Step:
         :param clip: the largest norm that the gradient of all of the optimizer's parameters may have.
         :raises UsageError: not all micro-batches had their backward pass, or nothing was counted.
         """
+        self._page.mark(Phase.UPDATE)
         if self._backwards != len(self._block):
             raise UsageError(
                 f"step {self.number}: {self._backwards} of {len(self._block)} micro-batches had a backward pass "
@@ -195,6 +211,7 @@ class Step:
             scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         self.updated = True
+        self._page.mark(Phase.BODY)
 
     def log(self, **values: float) -> None:
         """Keep numbers with this step's loss, in the run's `metrics.jsonl`."""

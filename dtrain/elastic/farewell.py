@@ -1,0 +1,83 @@
+"""`Farewell`: how a supervisor ends: what it says, to people and to torchrun, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from typing import NoReturn
+
+from dtrain.elastic.generation import Group, Outcome
+from dtrain.elastic.placement import Placement
+from dtrain.observe.events import say
+
+FAILED = 1
+FORM_ANEW = 75
+"""EX_TEMPFAIL of sysexits.h."""
+
+
+class Farewell:
+    """One supervisor's.
+
+    :param run: tells the run from others that use the same torchrun.
+    """
+
+    def __init__(self, placement: Placement, run: str) -> None:
+        self._placement = placement
+        self._run = run
+
+    def again(self) -> None:
+        """At the start: leave at once if torchrun has started a run again that had ended for good.
+
+        :raises SystemExit: it had.
+        """
+        outcome = Group.ended_before(self._placement, self._run)
+        if outcome is not None:
+            self._leave(outcome, "stopped before: ", final=True)
+
+    def leave(self, outcome: Outcome, group: Group, committed: int) -> NoReturn:
+        """After a generation with no other behind it.
+
+        :param committed: the step of the newest checkpoint.
+        :raises SystemExit: always.
+        """
+        final = outcome.kind == "stopped" or (outcome.kind == "ended" and group.asked_to_end()[1])
+        if final:
+            group.remember_end(self._run, outcome)
+        if outcome.kind == "ended" and self._placement.rank == 0:
+            why = f"{signal.Signals(outcome.signal).name}{f' ({outcome.cause})' if outcome.cause else ''}"
+            say(f"stopped by {why}: the newest checkpoint is that of step {committed}")
+        self._leave(outcome, "stopped: ", final=final)
+
+    def _leave(self, outcome: Outcome, before: str, *, final: bool) -> NoReturn:
+        place = self._placement
+        first = outcome.rank == place.rank
+        if outcome.kind == "stopped":
+            why = outcome.cause if "rank" in outcome.cause else f"rank {outcome.rank} failed: {outcome.cause}"
+            if first:
+                say(before + why)
+                if outcome.trace and outcome.trace not in why and before == "stopped: ":
+                    say(outcome.trace)
+            _for_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
+            code = FAILED
+        elif outcome.kind == "lost":
+            if place.local_rank == 0:
+                say(f"{outcome.cause}: torchrun is to form the group anew")
+            code = FORM_ANEW
+        else:
+            code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
+        if final and place.store is not None and place.local_rank == 0 and place.restarts < place.most_restarts:
+            # torchrun would start all processes again, and there is no exit code that tells it not to.
+            os.kill(os.getppid(), signal.SIGTERM)
+        sys.exit(code)
+
+
+def _for_torchrun(message: str) -> None:
+    """Put a message where torchrun's own summary of the failure takes it from."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
