@@ -64,6 +64,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--fail-at", type=int, default=-1, help="step of an exception; 0 is before the first")
     parser.add_argument("--fail-rank", type=int, default=0)
     parser.add_argument("--exit-at", type=int, default=-1)
+    parser.add_argument("--lives-steps", type=int, default=0, help="every trainer fails after so many steps")
+    parser.add_argument("--kill-supervisor-at", type=int, default=-1, help="rank 1's, once")
     parser.add_argument("--trouble", default="", help="what happens in the forward pass, once: see `trouble`")
     parser.add_argument("--trouble-at", type=int, default=4)
     parser.add_argument("--trouble-rank", type=int, default=1)
@@ -71,7 +73,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--body-s", type=float, default=0.0, help="rank 0 is at work in the loop's body for so long")
     parser.add_argument("--stuck-sample", type=int, default=-1, help="can't be loaded, once")
     parser.add_argument("--workers", type=int, default=0)
-    for flag in ("--thread", "--iterable", "--in-place"):
+    for flag in ("--thread", "--iterable", "--in-place", "--say-end"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
 
@@ -91,6 +93,8 @@ def trouble(kind: str) -> None:
             sum(itertools.repeat(0))  # never lets another thread run
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "orphan":
+            os.kill(os.getppid(), signal.SIGKILL)
         case "sleep":
             time.sleep(1000)
         case "collective":
@@ -113,8 +117,12 @@ def main(run: dtrain.Run) -> None:
     data = run.data(dataset, workers=args.workers)
     run.track(model=model, optimizer=optimizer)
     maybe(0)
-    for step in run.steps(args.steps):
+    for lived, step in enumerate(run.steps(args.steps), 1):
         maybe(step.number)
+        if args.lives_steps and lived > args.lives_steps and run.is_first:
+            fail(step.number, run.rank)
+        if step.number == args.kill_supervisor_at and run.rank == 1:
+            trouble("orphan")
         at = step.number == args.trouble_at and run.rank == args.trouble_rank
         if at and args.trouble == "leave":
             return
@@ -135,6 +143,8 @@ def main(run: dtrain.Run) -> None:
             print(f"step {step.number} {step.loss}", flush=True)
         if args.best_step:
             run.save(metrics={"distance": abs(step.number - args.best_step)})
+    if args.say_end:
+        print("behind the loop", flush=True)
 
 
 def _value(text: str) -> Any:
