@@ -8,6 +8,7 @@ process that is dead.
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -18,11 +19,8 @@ import torch.distributed as dist
 
 from dtrain.elastic.placement import Placement
 
-_INBOX = "dtrain/inbox"
-_GAP_S = 1.0
-"""Who took a number in the inbox and died before writing to it is passed over after so long."""
 _FOREVER = timedelta(days=365)
-_BEAT = timedelta(seconds=1)
+_BEAT_S = 1.0
 _LOST_AFTER = 4
 """A node is gone when its beat hasn't come for so many of the next node's. These are counted, not timed: a machine that
 is too busy to look in time is too busy to judge."""
@@ -72,6 +70,7 @@ class Group:
         self.placement = placement
         self._timeout = timedelta(seconds=timeout_s)
         self._store = self._connect()
+        self._inbox = f"dtrain/inbox/{placement.job}"
         self._prefix = f"dtrain/{self._form()}"
         self._board = dist.PrefixStore(self._prefix, self._store)
 
@@ -83,8 +82,8 @@ class Group:
     def _form(self) -> str:
         """Agree with the other supervisors on a name that no group had before.
 
-        Everybody writes a nonce of its own into an inbox that rank 0 reads in order; rank 0 answers under that nonce,
-        so that nothing that an earlier group left in the store can be taken for the answer.
+        Everybody puts a nonce of its own into a queue that rank 0 reads; rank 0 answers under that nonce, so that
+        nothing that an earlier group left in the store can be taken for the answer.
         """
         place, me = self.placement, uuid.uuid4().hex
         if place.world_size == 1:
@@ -97,15 +96,11 @@ class Group:
             self._post({"rank": place.rank, "joined": name})
             return name
         missing = set(range(1, place.world_size))
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        number = 0
         while missing:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"ranks {sorted(missing)} did not start within {self._timeout}")
-            message = self._read(number + 1)
-            if message is None:
-                continue
-            number += 1
+            try:
+                message = json.loads(self._store.queue_pop(self._inbox))
+            except dist.DistStoreError as error:
+                raise TimeoutError(f"ranks {sorted(missing)} did not start within {self._timeout}") from error
             if "nonce" in message:
                 self._store.set(f"dtrain/invite/{message['nonce']}", me)
             elif message.get("joined") == me:
@@ -113,18 +108,7 @@ class Group:
         return me
 
     def _post(self, message: dict[str, object]) -> None:
-        number = self._store.add(f"{_INBOX}/count", 1)
-        self._store.set(f"{_INBOX}/{number}", json.dumps(message))
-
-    def _read(self, number: int) -> dict[str, str] | None:
-        """A message of the inbox; {} if its writer died; None if there is none yet."""
-        key = f"{_INBOX}/{number}"
-        try:
-            self._store.wait([key], timedelta(seconds=_GAP_S))
-        except dist.DistStoreError:
-            return {} if self._store.add(f"{_INBOX}/count", 0) > number else None
-        message: dict[str, str] = json.loads(self._store.get(key))
-        return message
+        self._store.queue_push(self._inbox, json.dumps(message))
 
     def settle(self, generation: int, outcome: Outcome) -> Outcome:
         """Say how a generation ended, and learn who was first to say so."""
@@ -188,28 +172,28 @@ class Group:
 
         :returns: 0, or 1 if the store is gone.
         """
-        place, outcome = self.placement, f"{generation}/outcome"
+        place = self.placement
+        if place.nodes > 1 and place.local_rank == 0:
+            # A thread with a connection of its own: this process never forks.
+            threading.Thread(target=self._beat, args=(generation,), daemon=True).start()
         try:
-            board = dist.PrefixStore(self._prefix, self._connect())
-            if place.nodes == 1 or place.local_rank:
-                board.wait([outcome], _FOREVER)
-                return 0
-            mine, theirs = f"beat/{place.node}", f"beat/{(place.node + 1) % place.nodes}"
-            board.set(mine, uuid.uuid4().hex)
-            last, silent = b"", 0
-            while silent < _LOST_AFTER:
-                try:
-                    board.wait([outcome], _BEAT)
-                    return 0
-                except dist.DistStoreError:
-                    board.set(mine, uuid.uuid4().hex)
-                    beat = board.get(theirs) if last or board.check([theirs]) else b""
-                    last, silent = beat, silent + 1 if beat == last else 0
-            lost = Outcome(kind="lost", cause=f"node {(place.node + 1) % place.nodes} of {place.nodes} is gone")
-            board.compare_set(outcome, "", lost.to_json())
+            dist.PrefixStore(self._prefix, self._connect()).wait([f"{generation}/outcome"], _FOREVER)
         except dist.DistError:
             return 1
         return 0
+
+    def _beat(self, generation: int) -> None:
+        place = self.placement
+        next_node = (place.node + 1) % place.nodes
+        board = dist.PrefixStore(self._prefix, self._connect())
+        last, silent = b"", 0
+        while silent < _LOST_AFTER:
+            board.set(f"beat/{place.node}", uuid.uuid4().hex)
+            time.sleep(_BEAT_S)
+            beat = board.get(f"beat/{next_node}") if last or board.check([f"beat/{next_node}"]) else b""
+            last, silent = beat, silent + 1 if beat == last else 0
+        lost = Outcome(kind="lost", cause=f"node {next_node} of {place.nodes} has not been heard of for {silent} s")
+        board.compare_set(f"{generation}/outcome", "", lost.to_json())
 
     def trainers_store(self, generation: int) -> dist.Store:
         """A connection for a trainer, below the prefix of its generation."""
@@ -221,16 +205,16 @@ class Group:
 
     def failures(self, run: str) -> list[float]:
         """When generations have failed within the last hour, before torchrun's restarts as well: Unix times."""
-        key = f"dtrain/failures/{run}"
+        key = f"dtrain/failures/{self.placement.job}/{run}"
         times: list[float] = json.loads(self._store.get(key)) if self._store.check([key]) else []
         return [when for when in times if when > time.time() - _HOUR_S]
 
     def remember_failure(self, run: str) -> None:
-        self._store.set(f"dtrain/failures/{run}", json.dumps([*self.failures(run), time.time()]))
+        self._store.set(f"dtrain/failures/{self.placement.job}/{run}", json.dumps([*self.failures(run), time.time()]))
 
     def remember_end(self, run: str, outcome: Outcome) -> None:
         """Leave word for the processes that torchrun will start in this one's place."""
-        self._store.set(f"dtrain/ended/{run}", outcome.to_json())
+        self._store.set(f"dtrain/ended/{self.placement.job}/{run}", outcome.to_json())
 
     @classmethod
     def ended_before(cls, placement: Placement, run: str) -> Outcome | None:
@@ -238,5 +222,5 @@ class Group:
         if placement.restarts == 0 or placement.store is None:
             return None
         store = dist.TCPStore(*placement.store, is_master=False, timeout=timedelta(seconds=30))
-        key = f"dtrain/ended/{run}"
+        key = f"dtrain/ended/{placement.job}/{run}"
         return Outcome.of(store.get(key)) if store.check([key]) else None
