@@ -12,8 +12,8 @@ leaves out is the random state: after a restart the dropout is another.
 The variable is needed: without it all attempts share one store, and a new one finds the addresses of the
 dead. It then burns restarts, or hangs.
 
-For every step that a rank has finished, one line of JSON goes to <dir>/steps.jsonl: time, rank, pid, step,
-attempt. The time of a recovery is that from a kill to the first line whose step is higher than any before it.
+For every step that a rank has finished, one line of JSON goes to <dir>/steps.jsonl: time, rank, host,
+pid, step. The time of a recovery is that from a kill to the first line whose step is higher than any before it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -208,7 +209,7 @@ def train(o: Options) -> None:
     torch.manual_seed(o.seed + 1 + rank + world_size * job.step)  # other dropout on each rank
     source = batches(dataset, o, step=job.step, accumulate=accumulate)
 
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    host = socket.gethostname()
     with (o.dir / "steps.jsonl").open("a", buffering=1) as log:
         while job.step < o.steps:
             mean = 0.0
@@ -225,7 +226,7 @@ def train(o: Options) -> None:
             job.schedule.step()
             optimizer.zero_grad(set_to_none=True)
             job.step += 1
-            line = {"time": time.time(), "rank": rank, "pid": os.getpid(), "step": job.step, "attempt": attempt}
+            line = {"time": time.time(), "rank": rank, "host": host, "pid": os.getpid(), "step": job.step}
             log.write(json.dumps(line) + "\n")
             if rank == 0 and job.step % 10 == 0:
                 print(f"step {job.step} loss {mean:.4f}", flush=True)

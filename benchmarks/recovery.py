@@ -1,13 +1,14 @@
-"""From a kill to the first new step: dtrain beside the same job written by hand on torchrun and DCP.
+"""From a fault to the end of the first new step: dtrain beside the same job written by hand on torchrun and DCP.
 
-Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps. While a job trains, one of its
-ranks is killed with SIGKILL, a few steps after a checkpoint; measured is the time from the kill to the end of the first
-step that is new. A part of it is the steps that have to be done again, which is a matter of how often a job saves; the
-rest, without them, is the cost of the recovery itself (the first new step included).
+Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps. While a job trains, something
+is done to it; measured is the time from then to the end of the first step that is new. A part of it is the steps that
+have to be done again, which is a matter of how often a job saves; `itself` is without them (the first new step
+included). Where processes die, there are two of them under one torchrun; where nodes do, there are three of one process
+each, in network namespaces (see `dtrain nodes`), with the same rendezvous settings for both jobs.
 
     python benchmarks/recovery.py
 
-The jobs run in turn. The one written by hand is `by_hand_recovery.py`.
+The jobs run in turn. The one written by hand is `by_hand_recovery.py`; it does not notice a rank that hangs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,127 +32,136 @@ from typing import Any
 import torch
 import tyro
 
+from dtrain.cli.nodes import Nodes, agent
 from dtrain.observe.events import EVENTS, METRICS, read_lines
 
 SAVE_EVERY = 10
+HANG_AFTER_S = 2.0
 DEADLINE_S = 120.0
+PHASES = ("notice", "start", "load", "step")
+BATCH = ("--global-batch", "24", "--micro-batch", "4")
+"""Of the jobs on nodes: six micro-batches, for two ranks as for three."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Time recoveries of dtrain and of a job that is written by hand, in turn."""
 
-    nproc: int = 2
-    """Processes."""
+    faults: str = "rank,ranks,hang,node,back,first,spare"
+    """What is done: a rank or all of them are killed, a rank is stopped, a node or the first one is killed, a node
+    comes back, a spare steps in."""
 
-    kills: int = 5
-    """Kills of each job; each in a job of its own."""
+    times: int = 10
+    """How often each."""
 
     seed: int = 0
-    """Chooses the ranks that are killed, and when."""
+    """Chooses the ranks, the nodes, and when."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What one kill cost."""
+    """What one fault cost."""
 
     total_s: float
-    """From the kill to the end of the first new step."""
+    """From the fault to the end of the first new step."""
     replayed: int
     """Steps that were done again."""
     step_s: float
-    """Median time of a step."""
+    """Median time of a step before."""
+    phases_s: tuple[float, ...] = ()
+    """Of `PHASES`, as far as the job says: until the fault was noticed, until the first trainer was there again, until
+    the state was loaded, until the step's end."""
 
     @property
     def itself_s(self) -> float:
         return self.total_s - self.replayed * self.step_s
 
 
-@dataclass(frozen=True)
-class Line:
-    """A finished step."""
-
-    time: float
-    step: int
-
-
 class Job:
-    """A job under torchrun, in a folder of its own."""
+    """A training, under one torchrun or on several nodes."""
 
     command: tuple[str, ...]
-
-    def __init__(self, folder: Path, nproc: int) -> None:
-        self.folder = folder
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=5"]
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.own_store} | os.environ
-        self.process = subprocess.Popen(
-            [sys.executable, *torchrun, *self.command, "--dir", str(folder), "--save-every", str(SAVE_EVERY)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
+    steps_file: str
     own_store = "0"
 
-    def steps(self) -> list[Line]:
-        """The finished steps of one rank, in the order of time."""
-        raise NotImplementedError
+    def __init__(self, folder: Path, nodes: Nodes | None, least: int = 2, most: int = 3) -> None:
+        self.folder = folder
+        self.nodes = nodes
+        self._limits = {"least": least, "most": most}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._output = (folder / "output.txt").open("ab")
 
-    def pid(self, rank: int) -> int:
-        """The process that trains as this rank."""
-        raise NotImplementedError
-
-    def recovered(self, killed: float) -> tuple[float, int] | None:
-        """When the first new step after the kill ended, and how many were done again; None as long as it hasn't."""
-        raise NotImplementedError
+    def begin(self, *nodes: int) -> None:
+        arguments = [*self.command, "--dir", str(self.folder), "--steps", "100000", "--save-every", str(SAVE_EVERY)]
+        if self.nodes is not None:
+            arguments += BATCH
+            for node in nodes or range(self.nodes.count):
+                self.nodes.start(node, agent(self.nodes, node, arguments, **self._limits), {}, self._output)
+            return
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=100"]
+        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.own_store} | os.environ
+        self._process = subprocess.Popen(
+            [sys.executable, *torchrun, *arguments], env=environment, stdout=self._output, stderr=self._output
+        )
 
     def end(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def steps(self) -> list[tuple[float, int]]:
+        """The finished steps, with the times of their ends."""
+        return sorted((line["time"], line["step"]) for line in read_lines(self.folder / self.steps_file))
+
+    def pids(self) -> dict[int, int]:
+        """The processes that train, by rank."""
+        raise NotImplementedError
+
+    def born(self, since: float) -> float:
+        """When the first trainer came up after a fault; 0 if none has yet."""
+        raise NotImplementedError
+
+    def phases(self, since: float) -> tuple[float, ...]:
+        """When each of `PHASES` but the last was over."""
+        return ()
 
 
 class Dtrain(Job):
-    command = ("-m", "dtrain.examples.gpt", "--steps", "1000")
+    command = ("-m", "dtrain.examples.gpt", "--snapshot-every", "1", "--hang-after-s", str(HANG_AFTER_S))
+    steps_file = METRICS
 
-    def _events(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.folder / EVENTS) if line["event"] == event]
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        return [line for line in read_lines(self.folder / EVENTS) if line["event"] in kinds]
 
-    def steps(self) -> list[Line]:
-        return [Line(line["time"], line["step"]) for line in read_lines(self.folder / METRICS)]
+    def pids(self) -> dict[int, int]:
+        return {event["rank"]: event["pid"] for event in self.events("started")}
 
-    def pid(self, rank: int) -> int:
-        return int([event for event in self._events("started") if event["rank"] == rank][-1]["pid"])
+    def born(self, since: float) -> float:
+        return min((event["time"] for event in self.events("started") if event["time"] > since), default=0.0)
 
-    def recovered(self, killed: float) -> tuple[float, int] | None:
-        new = [event for event in self._events("caught_up") if event["time"] > killed]
-        if not new:
-            return None
-        restored = [event for event in self._events("restored") if event["time"] > killed]
-        return new[0]["time"], new[0]["step"] - 1 - restored[0]["step"]
+    def phases(self, since: float) -> tuple[float, ...]:
+        born = self.born(since)
+        noticed = [event["time"] for event in self.events("failed", "lost") if since < event["time"] < born]
+        loaded = [event["time"] for event in self.events("restored") if event["time"] > born]
+        return (max(noticed, default=since), born, min(loaded, default=born))
 
 
 class ByHand(Job):
-    command = (str(Path(__file__).with_name("by_hand_recovery.py")), "--steps", "1000")
+    command = (str(Path(__file__).with_name("by_hand_recovery.py")),)
+    steps_file = "steps.jsonl"
     # Otherwise all attempts share one store, and a new one finds the addresses of the dead.
     own_store = "1"
 
-    def _lines(self, rank: int) -> list[dict[str, Any]]:
-        return [line for line in read_lines(self.folder / "steps.jsonl") if line["rank"] == rank]
+    def pids(self) -> dict[int, int]:
+        return {line["rank"]: line["pid"] for line in read_lines(self.folder / self.steps_file)}
 
-    def steps(self) -> list[Line]:
-        return [Line(line["time"], line["step"]) for line in self._lines(0)]
+    def born(self, since: float) -> float:
+        lines = list(read_lines(self.folder / self.steps_file))
+        lives = {self._life(line) for line in lines if line["time"] <= since}
+        return min((line["time"] for line in lines if self._life(line) not in lives), default=0.0)
 
-    def pid(self, rank: int) -> int:
-        return int(self._lines(rank)[-1]["pid"])
-
-    def recovered(self, killed: float) -> tuple[float, int] | None:
-        lines = self.steps()
-        back = next((i for i, (a, b) in enumerate(itertools.pairwise(lines), 1) if b.step <= a.step), None)
-        if back is None:
-            return None
-        best = lines[back - 1].step
-        new = [line for line in lines[back:] if line.step > best]
-        return (new[0].time, best + 1 - lines[back].step) if new else None
+    def _life(self, line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line[name] for name in ("host", "pid"))
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -162,45 +173,122 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
     sys.exit(f"{what}: not within {DEADLINE_S:.0f} s")
 
 
-def recover(kind: type[Job], nproc: int, target: int, rank: int) -> Recovery:
-    """Start a job, kill a rank of it after a step, and wait for the first new step."""
+def recovery(job: Job, fault: Callable[[], None], dice: random.Random) -> Recovery:
+    """Wait for some steps, do something to a job, and wait for the first new step."""
+    goal = (job.steps() or [(0.0, 0)])[-1][1] + SAVE_EVERY + dice.randint(2, SAVE_EVERY - 3)
+    wait_for(lambda: job.steps() and job.steps()[-1][1] >= goal, f"step {goal}")
+    step_s = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(job.steps()[-30:]))
+    begun = time.time()
+    fault()
+
+    def back() -> list[tuple[float, int]]:
+        """The steps since, up to the first that is new."""
+        born = job.born(begun)
+        lines = job.steps() if born else []
+        best = max((step for when, step in lines if when < born), default=0)
+        new = [line for line in lines if line[0] >= born and line[1] > best]
+        return [line for line in lines if born <= line[0] <= new[0][0]] if new else []
+
+    lines = wait_for(back, "a new step")
+    at = (begun, *job.phases(begun), lines[-1][0])
+    phases = tuple(later - earlier for earlier, later in itertools.pairwise(at)) if len(at) > 2 else ()
+    return Recovery(lines[-1][0] - begun, len({step for _, step in lines}) - 1, step_s, phases)
+
+
+@contextmanager
+def running(kind: type[Job], nodes: int = 0, least: int = 2, most: int = 3) -> Iterator[Job]:
     with tempfile.TemporaryDirectory() as folder:
-        job = kind(Path(folder), nproc)
-        try:
-            wait_for(lambda: [line for line in job.steps() if line.step >= target], f"step {target}")
-            pid = job.pid(rank)
-            killed = time.time()
-            os.kill(pid, signal.SIGKILL)
-            new_step, replayed = wait_for(lambda: job.recovered(killed), "a new step")
-            lines = job.steps()
-        finally:
-            job.end()
-    gaps = [b.time - a.time for a, b in itertools.pairwise(lines) if b.step == a.step + 1 and a.step > 10]
-    return Recovery(new_step - killed, replayed, statistics.median(gaps))
+        if nodes:
+            with Nodes(nodes) as cluster:
+                job = kind(Path(folder), cluster, least, most)
+                job.begin()
+                yield job
+        else:
+            job = kind(Path(folder), None)
+            job.begin()
+            try:
+                yield job
+            finally:
+                job.end()
+
+
+def of_processes(kind: type[Job], fault: str, times: int, seed: int) -> Iterator[Recovery]:
+    dice = random.Random(seed)
+    with running(kind) as job:
+        for _ in range(times):
+
+            def strike() -> None:
+                pids = job.pids()
+                for rank in pids if fault == "ranks" else [dice.randrange(2)]:
+                    os.kill(pids[rank], signal.SIGSTOP if fault == "hang" else signal.SIGKILL)
+
+            yield recovery(job, strike, dice)
+
+
+def of_nodes(kind: type[Job], fault: str, times: int, seed: int) -> Iterator[tuple[str, Recovery]]:
+    """The same nodes die and come back in turn."""
+    dice = random.Random(seed)
+    most = 2 if fault == "spare" else 3
+    with running(kind, 3, 2, most) as job:
+        assert job.nodes is not None
+        first = 0  # torchrun gives the first rank to the node whose name sorts first
+        for _ in range(times):
+            node = first if fault in ("first", "spare") else dice.randrange(1, 3)
+            yield fault, recovery(job, lambda node=node: job.nodes.kill(node), dice)  # type: ignore[misc]
+            if fault == "spare":  # it waits now, and the other one trains
+                job.begin(node)
+                first = next(n for n in range(3) if n != node) if _ % 2 == 0 else 0
+                time.sleep(5)
+            else:
+                yield "back", recovery(job, lambda node=node: job.begin(node), dice)  # type: ignore[misc]
+
+
+NAMES = {
+    "rank": "one of two ranks killed",
+    "ranks": "both ranks killed",
+    "hang": f"a rank stopped, beyond {HANG_AFTER_S:.0f} s",
+    "node": "a node of three lost",
+    "first": "the first node lost",
+    "back": "a node comes back",
+    "spare": "a spare steps in",
+}
+
+
+def measure(o: Options) -> Iterator[tuple[str, str, Recovery]]:
+    """Each recovery, with the fault and the job."""
+    wanted = o.faults.split(",")
+    for fault in wanted:
+        for name, kind in (("dtrain", Dtrain), ("by hand", ByHand)):
+            if fault in ("rank", "ranks", "hang") and (name, fault) != ("by hand", "hang"):
+                for found in of_processes(kind, fault, o.times, o.seed):
+                    yield fault, name, found
+            elif fault in ("node", "first", "spare"):
+                for row, found in of_nodes(kind, fault, o.times, o.seed):
+                    if row == fault or (fault == "node" and "back" in wanted):
+                        yield row, name, found
 
 
 def main(o: Options) -> None:
-    dice = random.Random(o.seed)
-    print(f"{o.nproc} processes, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    print(
-        f"{'job':8} {'kill to new step, s':>20} {'steps replayed':>15} {'one step, s':>12} {'recovery itself, s':>19}"
-    )
-    found: dict[str, list[Recovery]] = {"dtrain": [], "by hand": []}
-    for _ in range(o.kills):
-        target = 3 * SAVE_EVERY + dice.randint(2, SAVE_EVERY - 3)
-        rank = dice.randrange(o.nproc)
-        for name, kind in (("dtrain", Dtrain), ("by hand", ByHand)):
-            r = recover(kind, o.nproc, target, rank)
-            found[name].append(r)
-            print(f"{name:8} {r.total_s:20.2f} {r.replayed:15d} {r.step_s:12.3f} {r.itself_s:19.2f}", flush=True)
-    itself = {name: statistics.median(r.itself_s for r in taken) for name, taken in found.items()}
-    total = {name: statistics.median(r.total_s for r in taken) for name, taken in found.items()}
-    for name in found:
-        print(f"median   {name:8}: {total[name]:.2f} s, of which the recovery itself {itself[name]:.2f} s")
-    print(
-        f"ratio dtrain / by hand: {total['dtrain'] / total['by hand']:.3f}, "
-        f"of the recovery itself {itself['dtrain'] / itself['by hand']:.3f}"
-    )
+    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores; {o.times} of each, times in s")
+    found: dict[tuple[str, str], list[Recovery]] = {}
+    for fault, name, r in measure(o):
+        found.setdefault((fault, name), []).append(r)
+        print(f"  {NAMES[fault]:30} {name:8} {r.total_s:6.2f}, replayed {r.replayed}", file=sys.stderr, flush=True)
+    print(f"{'':30} {'job':8} {'median':>7} {'worst':>7} {'replayed':>9} {'itself':>7}  median of {', '.join(PHASES)}")
+    for (fault, name), taken in found.items():
+        less = HANG_AFTER_S if fault == "hang" else 0.0
+        totals = [r.total_s - less for r in taken]
+        phases = [statistics.median(times) for times in zip(*(r.phases_s for r in taken), strict=True)]
+        print(
+            f"{NAMES[fault]:30} {name:8} {statistics.median(totals):7.2f} {max(totals):7.2f} "
+            f"{statistics.median(r.replayed for r in taken):9.0f} "
+            f"{statistics.median(r.itself_s for r in taken) - less:7.2f}  "
+            f"{'  '.join(f'{seconds:.2f}' for seconds in phases)}"
+        )
+    for fault in dict.fromkeys(fault for fault, _ in found):
+        if (fault, "by hand") in found:
+            mine, other = (statistics.median(r.total_s for r in found[fault, name]) for name in ("dtrain", "by hand"))
+            print(f"{NAMES[fault]}: dtrain / by hand {mine / other:.2f}")
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ def sample_of_step(root: Path, number: int) -> list[int]:
 def test_a_rank_that_leaves_its_loop_early_is_named(tmp_path: Path) -> None:
     found = run(tmp_path, *QUICK, "--trouble", "leave", ranks=RANKS)
     assert found.code == 1
-    causes = {str(event["cause"]) for event in events(tmp_path, "failed")}
-    assert all("hang: rank 1 " in cause and "in the last save, after its loop" in cause for cause in causes), causes
-    assert "stopped: no new step in 3 generations; the last time rank 1 failed: hang: rank 1 " in found.err
+    cause = str(events(tmp_path, "failed")[0]["cause"])
+    assert "hang: rank 1 " in cause, cause
+    assert "in the last save, after its loop" in cause, cause
 
 
 def test_a_rank_at_work_that_others_wait_for_is_no_hang(tmp_path: Path) -> None:

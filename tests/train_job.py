@@ -157,6 +157,7 @@ def main() -> None:
             seed=7,
             save_every=options.save_every,
             timeout_s=60,
+            max_failures_per_hour=10_000,
             local_dir=options.local,
             local_save_every=options.local_save_every,
             parallel=options.parallel,

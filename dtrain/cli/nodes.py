@@ -38,7 +38,7 @@ _PREFIX = "dtrain-node"
 _INSIDE = """
 hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind /dev/null /etc/resolv.conf; shift 2; exec "$@"
 """
-_RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5"
+_RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=4"
 """The settings that `launch/node.sh` has as well, with the reasons."""
 
 

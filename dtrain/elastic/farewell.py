@@ -65,7 +65,7 @@ class Farewell:
         elif outcome.kind == "lost":
             if place.local_rank == 0:
                 say(f"{outcome.cause}: torchrun is to form the group anew")
-            code = FORM_ANEW
+            os._exit(FORM_ANEW)  # to take the interpreter down in order takes a second, for which all wait
         else:
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
         if final and place.store is not None and place.local_rank == 0 and place.restarts < place.most_restarts:

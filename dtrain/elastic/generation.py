@@ -21,7 +21,7 @@ from dtrain.elastic.placement import Placement
 
 _FOREVER = timedelta(days=365)
 _BEAT_S = 1.0
-_LOST_AFTER = 4
+_LOST_AFTER = 3
 """A node is gone when its beat hasn't come for so many of the next node's. These are counted, not timed: a machine that
 is too busy to look in time is too busy to judge."""
 _HOUR_S = 3600.0
@@ -186,11 +186,12 @@ class Group:
         place = self.placement
         next_node = (place.node + 1) % place.nodes
         board = dist.PrefixStore(self._prefix, self._connect())
+        mine, theirs = f"{generation}/beat/{place.node}", f"{generation}/beat/{next_node}"
         last, silent = b"", 0
         while silent < _LOST_AFTER:
-            board.set(f"beat/{place.node}", uuid.uuid4().hex)
+            board.set(mine, uuid.uuid4().hex)
             time.sleep(_BEAT_S)
-            beat = board.get(f"beat/{next_node}") if last or board.check([f"beat/{next_node}"]) else b""
+            beat = board.get(theirs) if last or board.check([theirs]) else b""
             last, silent = beat, silent + 1 if beat == last else 0
         lost = Outcome(kind="lost", cause=f"node {next_node} of {place.nodes} has not been heard of for {silent} s")
         board.compare_set(f"{generation}/outcome", "", lost.to_json())

@@ -129,6 +129,8 @@ class Supervisor:
         if outcome.kind in ("stopped", "ended") and not outcome.saved:
             send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
         self._end_saver()
+        if outcome.kind == "lost" and self._placement.local_rank == 0:
+            self._events.emit("lost", cause=outcome.cause)
         if outcome.kind != "done":
             farewell.leave(outcome, self._group, self._slots.board.committed)
         self._signals.close()

@@ -136,6 +136,12 @@ class Options:
     save_every: int | str = 50
     """From one checkpoint to the next: a number of steps, or a time such as 90s or 10m."""
 
+    snapshot_every: int | str = "auto"
+    """From one snapshot in memory to the next: a number of steps, or a time."""
+
+    hang_after_s: float | None = 60.0
+    """How long a step may stand still, in seconds."""
+
     local_save_every: int | str | None = None
     """Where the run's folder is an URL: from one checkpoint in the local folder to the next."""
 
@@ -228,6 +234,8 @@ def start(options: Options) -> None:
             compile=o.compile,
             cpu_offload=o.cpu_offload,
             save_every=o.save_every,
+            snapshot_every=o.snapshot_every,
+            hang_after_s=o.hang_after_s,
             local_save_every=o.local_save_every,
             keep_last=o.keep_last,
             unit="tokens",
