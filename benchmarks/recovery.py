@@ -106,7 +106,7 @@ class Job:
 
     def end(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            self._process.terminate()  # killed, it would leave the other job's processes at work
             self._process.wait()
 
     def steps(self) -> list[tuple[float, int]]:
