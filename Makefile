@@ -38,16 +38,18 @@ lint: venv  ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/shellcheck .ci/run launch/*.sh
 	$(BIN)/hadolint docker/Dockerfile
 
-faults: venv  ## run the long campaigns: kills, faults of storage, leftovers (half an hour)
+faults: venv  ## run the long campaigns: kills, nodes, faults of storage, leftovers (40 minutes)
 	$(BIN)/python -m tests.campaign $(ARGS)
 	$(BIN)/python -m tests.leftovers_s3
+	$(BIN)/python -m tests.faults_nodes
 	$(BIN)/python -m tests.faults_s3
 	$(BIN)/python -m tests.faults_s3 --random 60
 
-bench: venv  ## measure steps, recoveries and checkpoints beside others (half an hour)
+bench: venv  ## measure steps, recoveries and checkpoints beside others (an hour and a half)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/goodput.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/s3.py
 	$(BIN)/python benchmarks/data.py

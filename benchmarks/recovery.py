@@ -113,9 +113,15 @@ class Job:
         """The finished steps, with the times of their ends."""
         return sorted((line["time"], line["step"]) for line in read_lines(self.folder / self.steps_file))
 
-    def pids(self) -> dict[int, int]:
-        """The processes that train, by rank."""
+    def lives(self) -> dict[int, dict[str, Any]]:
+        """Where each rank trains, and by which process."""
         raise NotImplementedError
+
+    def pids(self) -> dict[int, int]:
+        return {rank: line["pid"] for rank, line in self.lives().items()}
+
+    def node_of(self, rank: int) -> int:
+        return int(self.lives()[rank]["host"].removeprefix("node"))
 
     def born(self, since: float) -> float:
         """When the first trainer came up after a fault; 0 if none has yet."""
@@ -133,8 +139,8 @@ class Dtrain(Job):
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.folder / EVENTS) if line["event"] in kinds]
 
-    def pids(self) -> dict[int, int]:
-        return {event["rank"]: event["pid"] for event in self.events("started")}
+    def lives(self) -> dict[int, dict[str, Any]]:
+        return {event["rank"]: event for event in self.events("started")}
 
     def born(self, since: float) -> float:
         return min((event["time"] for event in self.events("started") if event["time"] > since), default=0.0)
@@ -152,8 +158,8 @@ class ByHand(Job):
     # Otherwise all attempts share one store, and a new one finds the addresses of the dead.
     own_store = "1"
 
-    def pids(self) -> dict[int, int]:
-        return {line["rank"]: line["pid"] for line in read_lines(self.folder / self.steps_file)}
+    def lives(self) -> dict[int, dict[str, Any]]:
+        return {line["rank"]: line for line in read_lines(self.folder / self.steps_file)}
 
     def born(self, since: float) -> float:
         lines = list(read_lines(self.folder / self.steps_file))
@@ -231,14 +237,13 @@ def of_nodes(kind: type[Job], fault: str, times: int, seed: int) -> Iterator[tup
     most = 2 if fault == "spare" else 3
     with running(kind, 3, 2, most) as job:
         assert job.nodes is not None
-        first = 0  # torchrun gives the first rank to the node whose name sorts first
         for _ in range(times):
-            node = first if fault in ("first", "spare") else dice.randrange(1, 3)
+            wait_for(lambda: len(job.steps()) > SAVE_EVERY, "the first steps")
+            node = job.node_of(dice.randrange(1, 3) if fault == "node" else 0)
             yield fault, recovery(job, lambda node=node: job.nodes.kill(node), dice)  # type: ignore[misc]
-            if fault == "spare":  # it waits now, and the other one trains
+            if fault == "spare":
                 job.begin(node)
-                first = next(n for n in range(3) if n != node) if _ % 2 == 0 else 0
-                time.sleep(5)
+                time.sleep(5)  # until it waits as the next spare
             else:
                 yield "back", recovery(job, lambda node=node: job.begin(node), dice)  # type: ignore[misc]
 

@@ -177,8 +177,9 @@ class Config:
 
     hang_after_s: float | None = 60.0
     """How long a step may stand still, in seconds, before it is taken for a hang: the stacks of all ranks are written
-    down, and they are started again. Ten times as long up to the end of the first step, and always with `compile`; and
-    never less than ten times the longest time between two signs of life of late. None waits for ever."""
+    down, and they are started again. Ten times as long up to the end of the first step, in a validation, while a
+    checkpoint is waited for, and always with `compile`; never less than ten times the longest time between two signs of
+    life of late. None waits for ever."""
 
     grace_s: float = 25.0
     """How long after SIGTERM or SIGUSR1 the processes are killed, in seconds: in this time the step is finished and

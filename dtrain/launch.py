@@ -39,7 +39,8 @@ def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = Fals
     :param config: the run's options.
     :param in_place: run `main` in this very process, for a debugger; nothing is started again when it fails.
     :raises ConfigError: the process can't be forked, or wasn't started by torchrun.
-    :raises SystemExit: the training failed for good (1), or Ctrl-C ended it after a checkpoint (130).
+    :raises SystemExit: the training failed for good (1), or was ended after a checkpoint, by Ctrl-C (130) or by a
+        signal or a notice (143); see docs/faults.md.
     """
     placement = Placement.from_env()
 

@@ -75,7 +75,7 @@ def sample_of_step(root: Path, number: int) -> list[int]:
 
 
 def test_a_rank_that_leaves_its_loop_early_is_named(tmp_path: Path) -> None:
-    found = run(tmp_path, *QUICK, "--trouble", "leave", ranks=RANKS)
+    found = run(tmp_path, *QUICK, "--trouble", "leave", "--option", "max_stalled", 1, ranks=RANKS)
     assert found.code == 1
     cause = str(events(tmp_path, "failed")[0]["cause"])
     assert "hang: rank 1 " in cause, cause

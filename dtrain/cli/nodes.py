@@ -13,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, Queue
 from typing import IO
 
 from tyro.conf import Positional
@@ -53,7 +54,6 @@ class Nodes:
     def __init__(self, count: int) -> None:
         self.count = count
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._frozen: set[int] = set()
         self._token = f"{_PREFIX}-{os.getpid()}-{time.monotonic_ns() % 10**6}"
         self._folder = Path(tempfile.mkdtemp(prefix="dtrain-nodes-"))
         self.apart = _may_have_namespaces()
@@ -104,8 +104,9 @@ class Nodes:
 
     def kill(self, node: int) -> None:
         """All of its processes at once, as when its power fails. Its network stays: `cut` it before, for silence."""
+        if node not in self._running:
+            raise ConfigError(f"node {node} doesn't run")
         process = self._running.pop(node)
-        self._frozen.discard(node)
         process.kill()
         process.wait()
 
@@ -233,6 +234,11 @@ def _below(pid: int) -> Iterator[int]:
                 yield from _below(int(child))
 
 
+def _read_lines(lines: Queue[str]) -> None:
+    for line in sys.stdin:
+        lines.put(line)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Run a training script on several nodes of this one machine, and do to them what happens to nodes.
@@ -267,18 +273,15 @@ class Run:
 
             for node in range(self.count):
                 start(node)
+            lines: Queue[str] = Queue()
+            threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
             while any(map(nodes.is_running, range(self.count))):
-                self._obey(nodes, start)
+                with contextlib.suppress(Empty):
+                    self._obey(lines.get(timeout=0.5), nodes, start)
             return nodes.worst()
 
-    def _obey(self, nodes: Nodes, start: Callable[[int], None]) -> None:
-        """Do what is typed next, if anything is."""
-        if not select.select([sys.stdin], [], [], 0.5)[0]:
-            return
-        line = sys.stdin.readline()
-        if not line:  # nobody is there to type
-            time.sleep(0.5)
-            return
+    def _obey(self, line: str, nodes: Nodes, start: Callable[[int], None]) -> None:
+        """Do what was typed."""
         known = {name: getattr(nodes, name) for name in ("kill", "cut", "heal", "freeze", "thaw")} | {"start": start}
         match line.split():
             case ["quit"]:
@@ -288,7 +291,7 @@ class Run:
             case [do, number] if do in known and number.isdigit() and int(number) < self.count:
                 try:
                     known[do](int(number))
-                except (ConfigError, KeyError) as error:
+                except ConfigError as error:
                     print(f"[nodes] {do} {number}: {error}", file=sys.stderr)
             case []:
                 pass

@@ -27,6 +27,7 @@ class Farewell:
     def __init__(self, placement: Placement, run: str) -> None:
         self._placement = placement
         self._run = run
+        self._agent = os.getppid()
 
     def again(self) -> None:
         """At the start: leave at once if torchrun has started a run again that had ended for good.
@@ -68,9 +69,10 @@ class Farewell:
             os._exit(FORM_ANEW)  # to take the interpreter down in order takes a second, for which all wait
         else:
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
-        if final and place.store is not None and place.local_rank == 0 and place.restarts < place.most_restarts:
+        again = place.store is not None and place.restarts < place.most_restarts
+        if final and again and place.local_rank == 0 and os.getppid() == self._agent:
             # torchrun would start all processes again, and there is no exit code that tells it not to.
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(self._agent, signal.SIGTERM)
         sys.exit(code)
 
 

@@ -204,6 +204,12 @@ class Group:
         """A connection for a saver: savers outlive generations."""
         return dist.PrefixStore(f"{self._prefix}/savers", self._connect())
 
+    def begin(self, run: str) -> None:
+        """On rank 0: forget what an earlier job has left in a store that outlives them."""
+        self._store.delete_key(f"dtrain/ended/{self.placement.job}/{run}")
+        if self.placement.restarts == 0:
+            self._store.delete_key(f"dtrain/failures/{self.placement.job}/{run}")
+
     def failures(self, run: str) -> list[float]:
         """When generations have failed within the last hour, before torchrun's restarts as well: Unix times."""
         key = f"dtrain/failures/{self.placement.job}/{run}"

@@ -60,7 +60,7 @@ class Page(ctypes.Structure):
     left: how many micro-batches this rank still has to finish in the step
     phase: see `Phase`
     marked_ns: when the last mark was left, on the monotonic clock
-    learned_ns: the longest time between two marks of late, those before the first step's end not counted
+    learned_ns: the longest time between two marks of the steps of late
     """
 
     _fields_ = tuple(
@@ -97,7 +97,7 @@ class Page(ctypes.Structure):
     def mark(self, phase: Phase) -> None:
         """Come to something."""
         now = time.monotonic_ns()
-        if self.step > self.restored:
+        if self.at:
             self.learned_ns = max(self.learned_ns, now - self.marked_ns)
         self.phase = phase
         self.marked_ns = now

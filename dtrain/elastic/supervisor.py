@@ -117,6 +117,8 @@ class Supervisor:
         farewell = Farewell(self._placement, self._run)
         farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)
+        if self._placement.rank == 0:
+            self._group.begin(self._run)
         self._signals = Signals((signal.SIGINT, *_ENDING))
         self._saver = self._fork_saver()
         generation = 0

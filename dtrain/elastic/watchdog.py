@@ -24,6 +24,10 @@ TICK_S = 1.0
 """How often a trainer is looked at."""
 _MANY_TIMES = 10
 """Longer than the longest silence of late, and than the limit before the first step is done."""
+_UNWATCHED = (Phase.MAIN, Phase.RESTORE)
+"""How long these take, nobody can tell; and what the ranks do together there ends after `timeout_s`."""
+_SLOW = (Phase.VALIDATION, Phase.SAVE, Phase.END)
+"""Storage may take its time, and a validation begins with a batch of another size."""
 _ASLEEP_S = 5.0
 """A supervisor that wasn't run for so long was stopped together with its trainer, or had no processor."""
 _DUMP_S = 1.0
@@ -98,10 +102,10 @@ class Watchdog:
             self._excused = now
         self._looked = now
         page = self._page
-        if self._after_s is None or page.phase == Phase.MAIN:
+        if self._after_s is None or page.phase in _UNWATCHED:
             return False
         limit = self._after_s
-        if page.step == page.restored or self._patient:
+        if page.step == page.restored or self._patient or page.phase in _SLOW:
             limit *= _MANY_TIMES
         limit = max(limit, _MANY_TIMES * page.learned_ns / 1e9)
         return now - max(page.marked_ns / 1e9, self._excused) > limit

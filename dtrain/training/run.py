@@ -171,7 +171,10 @@ class Run:
         :param name: for messages.
         :raises DataError: it has less samples than there are ranks.
         """
-        return self._sources.once(name, dataset, collate)
+        for batch in self._sources.once(name, dataset, collate):
+            self._page.mark(Phase.VALIDATION)
+            yield batch
+        self.alive()
 
     def track(self, **objects: Any) -> None:
         """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
@@ -361,7 +364,7 @@ class Run:
 
     def alive(self) -> None:
         """Say that the loop is at work, where its body takes longer than `Config.hang_after_s`."""
-        self._page.mark(Phase.BODY)
+        self._page.mark(Phase.BODY if self._page.at else Phase.MAIN)
 
     def _ask(self) -> Flags:
         assert self._step is not None

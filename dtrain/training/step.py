@@ -70,8 +70,8 @@ class Step:
         self._ask = ask
         self._before_update = before_update
         self._page = page
-        page.at, page.micro_batch, page.left = number, -1, len(self._block)
         page.mark(Phase.DATA)
+        page.at, page.micro_batch, page.left = number, -1, len(self._block)
         self._open = False
         self._backwards = 0
         self.begun = False

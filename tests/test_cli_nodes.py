@@ -1,0 +1,77 @@
+"""`dtrain nodes` and `dtrain store`, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dtrain.cli.nodes import Nodes, agent
+from tests.jobs import ROOT
+from tests.saving import commits
+
+DTRAIN = (sys.executable, "-m", "dtrain.cli.main")
+ENV = dict(os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_the_launcher_and_the_nodes_have_the_same_settings() -> None:
+    nodes = Nodes(1)
+    nodes.__exit__()
+    command = agent(nodes, 0, [], least=1, most=1)
+    launcher = (ROOT / "launch" / "node.sh").read_text()
+    (settings,) = re.findall(r'^rendezvous="(.*)"$', launcher, re.MULTILINE)
+    assert settings == command[command.index("--rdzv-conf") + 1]
+
+
+def test_a_script_is_trained_on_nodes_that_are_killed_and_started_again_by_hand(tmp_path: Path) -> None:
+    script = [str(ROOT / "tests" / "small_job.py"), str(tmp_path / "run"), "--steps", "60", "--step-s", "0.2"]
+    command = [*DTRAIN, "nodes", "--count", "2", "--nodes", "1:2", "--", *script]
+    output = tmp_path / "output.txt"
+    with output.open("wb") as file:
+        program = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=file, stderr=file, text=True)
+    assert program.stdin is not None
+
+    def until(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in output.read_text():
+            assert program.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+
+    try:
+        until("2 ranks")
+        until("step 5 ")
+        program.stdin.write("fly 1\nkill 1\nkill 1\n")
+        program.stdin.flush()
+        until("restored step")
+        until("1 rank")
+        assert program.wait(60) == 0, output.read_text()
+    finally:
+        program.terminate()
+        program.wait(30)
+    assert commits(tmp_path / "run")[-1] == 60
+    said = output.read_text()
+    assert "[nodes] 'fly 1': try kill, cut, heal, freeze, thaw, start with a number, or quit" in said
+    assert "[nodes] kill 1: node 1 doesn't run" in said
+
+
+def test_a_script_is_needed(tmp_path: Path) -> None:
+    found = subprocess.run([*DTRAIN, "nodes"], env=ENV, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "give MIN:MAX, and a script to run" in found.stderr
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = subprocess.run(
+            [*DTRAIN, "store", "--port", str(port)], env=ENV, capture_output=True, text=True, check=False, timeout=60
+        )
+    assert found.returncode == 2
+    assert f"dtrain: error: port={port} can't be listened on: " in found.stderr
