@@ -54,7 +54,8 @@ _LAST_SAVE_WAIT_S = 2.0
 """When a run ends in the middle of a step, the newest snapshot is saved, if all ranks' savers come to it within so
 long. Not all do where torchrun ends the processes because one of them has died."""
 _FOR_THE_STEP = 0.7
-"""The part of the grace time that a step has to be finished and saved in; the rest is for the newest snapshot."""
+_FOR_THE_SAVER = 0.25
+"""The parts of the grace time that a step has to be finished and saved in, and after that the newest snapshot."""
 _SAVERS_NICENESS = 15
 """The training goes first."""
 _MOST_DEATHS = 5
@@ -130,9 +131,12 @@ class Supervisor:
             generation += 1
         if outcome.kind in ("stopped", "ended") and not outcome.saved:
             send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
-        self._end_saver()
-        if outcome.kind == "lost" and self._placement.local_rank == 0:
-            self._events.emit("lost", cause=outcome.cause)
+        if outcome.kind == "lost":
+            self._saver.kill()  # it may be waiting for the part of a saver that is gone
+            if self._placement.local_rank == 0:
+                self._events.emit("lost", cause=outcome.cause)
+        else:
+            self._end_saver()
         if outcome.kind != "done":
             farewell.leave(outcome, self._group, self._slots.board.committed)
         self._signals.close()
@@ -347,7 +351,8 @@ class Supervisor:
         """Let the saver finish what it is at, and end."""
         assert self._saver is not None
         send(self._trainers_end, do="end")
-        until = time.monotonic() + self._config.timeout_s
+        # A save may wait for the part of a saver that is gone, and whoever has sent a signal doesn't wait for long.
+        until = min(time.monotonic() + self._config.timeout_s, self._deadline + _FOR_THE_SAVER * self._config.grace_s)
         while not self._signals.wait(self._saver.pidfd, max(0.0, until - time.monotonic())):
             found = self._signals.read()
             if found is None or (found[0] == signal.SIGINT and self._asked == signal.SIGINT):
