@@ -31,9 +31,6 @@ def test_a_script_is_trained_on_nodes_that_are_killed_and_started_again_by_hand(
     script = [str(ROOT / "tests" / "small_job.py"), str(tmp_path / "run"), "--steps", "60", "--step-s", "0.2"]
     command = [*DTRAIN, "nodes", "--count", "2", "--nodes", "1:2", "--", *script]
     output = tmp_path / "output.txt"
-    with output.open("wb") as file:
-        program = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=file, stderr=file, text=True)
-    assert program.stdin is not None
 
     def until(text: str) -> None:
         deadline = time.monotonic() + 60
@@ -42,17 +39,21 @@ def test_a_script_is_trained_on_nodes_that_are_killed_and_started_again_by_hand(
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.05)
 
-    try:
-        until("2 ranks")
-        until("step 5 ")
-        program.stdin.write("fly 1\nkill 1\nkill 1\n")
-        program.stdin.flush()
-        until("restored step")
-        until("1 rank")
-        assert program.wait(60) == 0, output.read_text()
-    finally:
-        program.terminate()
-        program.wait(30)
+    with (
+        output.open("wb") as file,
+        subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=file, stderr=file, text=True) as program,
+    ):
+        try:
+            assert program.stdin is not None
+            until("2 ranks")
+            until("step 5 ")
+            program.stdin.write("fly 1\nkill 1\nkill 1\n")
+            program.stdin.flush()
+            until("restored step")
+            until("1 rank")
+            assert program.wait(60) == 0, output.read_text()
+        finally:
+            program.terminate()
     assert commits(tmp_path / "run")[-1] == 60
     said = output.read_text()
     assert "[nodes] 'fly 1': try kill, cut, heal, freeze, thaw, start with a number, or quit" in said
