@@ -50,6 +50,7 @@ bench: venv  ## measure steps, recoveries and checkpoints beside others (an hour
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/goodput.py
+	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/s3.py
 	$(BIN)/python benchmarks/data.py

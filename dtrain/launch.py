@@ -19,7 +19,7 @@ from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.snapshot import Slots
 from dtrain.config import Config
 from dtrain.elastic.generation import Group
-from dtrain.elastic.page import Page
+from dtrain.elastic.page import Page, Phase
 from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life, Supervisor
 from dtrain.errors import ConfigError
@@ -56,6 +56,7 @@ def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = Fals
         run = Run(config, device, life)
         main(run)
         run.close()
+        life.page.mark(Phase.END)
         dist.destroy_process_group()
 
     if not in_place and config.dir.startswith("memory://"):

@@ -79,7 +79,7 @@ def test_a_rank_that_leaves_its_loop_early_is_named(tmp_path: Path) -> None:
     assert found.code == 1
     cause = str(events(tmp_path, "failed")[0]["cause"])
     assert "hang: rank 1 " in cause, cause
-    assert "in the last save, after its loop" in cause, cause
+    assert "in the end, after its loop" in cause, cause
 
 
 def test_a_rank_at_work_that_others_wait_for_is_no_hang(tmp_path: Path) -> None:

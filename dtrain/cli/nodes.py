@@ -291,7 +291,7 @@ class Run:
             case [do, number] if do in known and number.isdigit() and int(number) < self.count:
                 try:
                     known[do](int(number))
-                except ConfigError as error:
+                except (ConfigError, subprocess.CalledProcessError) as error:
                     print(f"[nodes] {do} {number}: {error}", file=sys.stderr)
             case []:
                 pass

@@ -19,6 +19,7 @@ from dtrain.errors import DtrainError, SaveError
 
 _TRACE_BYTES = 30_000
 """Less than the capacity of a pipe, so that a trainer is never held up while it says why it failed."""
+_CAUSE_LETTERS = 1000
 _KILLED_BEFORE_S = 5.0
 
 
@@ -43,7 +44,7 @@ class Failure:
             return cls(cause=f"exited with {error.code!r}", trace=traceback.format_exc()[-_TRACE_BYTES:])
         trace = str(error) if isinstance(error, DtrainError | SaveError) else traceback.format_exc()
         return cls(
-            cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:_CAUSE_LETTERS],
             trace=trace[-_TRACE_BYTES:],
             final=isinstance(error, DtrainError),
             unsaved=isinstance(error, SaveError),

@@ -28,6 +28,7 @@ class Farewell:
         self._placement = placement
         self._run = run
         self._agent = os.getppid()
+        self._final = False
 
     def again(self) -> None:
         """At the start: leave at once if torchrun has started a run again that had ended for good.
@@ -38,19 +39,24 @@ class Farewell:
         if outcome is not None:
             self._leave(outcome, "stopped before: ", final=True)
 
-    def leave(self, outcome: Outcome, group: Group, committed: int) -> NoReturn:
+    def remember(self, outcome: Outcome, group: Group) -> None:
+        """Before what takes its time: leave word of the end for the processes that torchrun may start again."""
+        self._final = outcome.kind == "stopped" or (outcome.kind == "ended" and group.asked_to_end()[1])
+        if self._final:
+            group.remember_end(self._run, outcome)
+        if self._final or outcome.kind == "done":
+            group.forget_failures(self._run)
+
+    def leave(self, outcome: Outcome, committed: int) -> NoReturn:
         """After a generation with no other behind it.
 
         :param committed: the step of the newest checkpoint.
         :raises SystemExit: always.
         """
-        final = outcome.kind == "stopped" or (outcome.kind == "ended" and group.asked_to_end()[1])
-        if final:
-            group.remember_end(self._run, outcome)
         if outcome.kind == "ended" and self._placement.rank == 0:
             why = f"{signal.Signals(outcome.signal).name}{f' ({outcome.cause})' if outcome.cause else ''}"
             say(f"stopped by {why}: the newest checkpoint is that of step {committed}")
-        self._leave(outcome, "stopped: ", final=final)
+        self._leave(outcome, "stopped: ", final=self._final)
 
     def _leave(self, outcome: Outcome, before: str, *, final: bool) -> NoReturn:
         place = self._placement
@@ -68,6 +74,8 @@ class Farewell:
                 say(f"{outcome.cause}: torchrun is to form the group anew")
             os._exit(FORM_ANEW)  # to take the interpreter down in order takes a second, for which all wait
         else:
+            if before != "stopped: " and place.rank == 0:
+                say(f"{before}{signal.Signals(outcome.signal).name}")
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
         again = place.store is not None and place.restarts < place.most_restarts
         if final and again and place.local_rank == 0 and os.getppid() == self._agent:

@@ -7,8 +7,8 @@ process that is dead.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from dtrain.elastic.page import Page
 from dtrain.elastic.placement import Placement
 
 _FOREVER = timedelta(days=365)
@@ -25,6 +26,8 @@ _LOST_AFTER = 3
 """A node is gone when its beat hasn't come for so many of the next node's. These are counted, not timed: a machine that
 is too busy to look in time is too busy to judge."""
 _HOUR_S = 3600.0
+_WORD_HOLDS_S = 60.0
+"""For so long, torchrun may start processes again whose run has ended for good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Outcome:
     """The last step that any generation has finished."""
     stalled: int = 0
     """Generations in a row that ended without a new step."""
+    at: int = 0
+    """The step that they were all in, of the kind that can be passed over; 0 if there was none."""
     skipped: tuple[int, ...] = ()
     """Steps that are passed over, as they have killed several generations."""
     signal: int = 0
@@ -94,6 +99,7 @@ class Group:
             self._store.wait([answer], self._timeout)
             name = self._store.get(answer).decode()
             self._post({"rank": place.rank, "joined": name})
+            self._store.wait([f"dtrain/complete/{name}"], self._timeout)  # else those who are late would be missed
             return name
         missing = set(range(1, place.world_size))
         while missing:
@@ -105,6 +111,7 @@ class Group:
                 self._store.set(f"dtrain/invite/{message['nonce']}", me)
             elif message.get("joined") == me:
                 missing.discard(int(message["rank"]))
+        self._store.set(f"dtrain/complete/{me}", "")
         return me
 
     def _post(self, message: dict[str, object]) -> None:
@@ -138,10 +145,14 @@ class Group:
         self._board.set(f"{generation}/report/{self.placement.rank}", json.dumps(report))
         return self._board.add(f"{generation}/silent", 1) == self.placement.world_size
 
-    def report(self, generation: int, rank: int) -> dict[str, Any]:
-        """What a rank said last when it was silent."""
-        report: dict[str, Any] = json.loads(self._board.get(f"{generation}/report/{rank}"))
-        return report
+    def all_silent(self, generation: int) -> bool:
+        """Whether it is so still."""
+        return self._board.add(f"{generation}/silent", 0) >= self.placement.world_size
+
+    def reports(self, generation: int) -> list[dict[str, Any]]:
+        """What the ranks said last when they were silent."""
+        keys = [f"{generation}/report/{rank}" for rank in range(self.placement.world_size)]
+        return [json.loads(self._board.get(key)) for key in keys if self._board.check([key])]
 
     def outcome(self, generation: int) -> Outcome:
         """Of a generation that has been settled."""
@@ -168,33 +179,34 @@ class Group:
     def watch(self, generation: int) -> int:
         """Block until a generation is settled. For a process of its own: it takes a connection of its own.
 
-        With several nodes, one rank of each beats once a second, and watches the next node's beat.
-
         :returns: 0, or 1 if the store is gone.
         """
-        place = self.placement
-        if place.nodes > 1 and place.local_rank == 0:
-            # A thread with a connection of its own: this process never forks.
-            threading.Thread(target=self._beat, args=(generation,), daemon=True).start()
         try:
             dist.PrefixStore(self._prefix, self._connect()).wait([f"{generation}/outcome"], _FOREVER)
         except dist.DistError:
             return 1
         return 0
 
-    def _beat(self, generation: int) -> None:
+    def beat(self, page: Page) -> int:
+        """Beat for this node once a second, watch the next node's beat, and settle any generation without it.
+
+        For a process of its own, which outlives generations: a trainer may take its time to die.
+        """
         place = self.placement
         next_node = (place.node + 1) % place.nodes
-        board = dist.PrefixStore(self._prefix, self._connect())
-        mine, theirs = f"{generation}/beat/{place.node}", f"{generation}/beat/{next_node}"
         last, silent = b"", 0
-        while silent < _LOST_AFTER:
-            board.set(mine, uuid.uuid4().hex)
-            time.sleep(_BEAT_S)
-            beat = board.get(theirs) if last or board.check([theirs]) else b""
-            last, silent = beat, silent + 1 if beat == last else 0
-        lost = Outcome(kind="lost", cause=f"node {next_node} of {place.nodes} has not been heard of for {silent} s")
-        board.compare_set(f"{generation}/outcome", "", lost.to_json())
+        with contextlib.suppress(dist.DistError):  # the store is gone, which `watch` says as well
+            board = dist.PrefixStore(self._prefix, self._connect())
+            while True:
+                board.set(f"beat/{place.node}", uuid.uuid4().hex)
+                time.sleep(_BEAT_S)
+                beat = board.get(f"beat/{next_node}") if last or board.check([f"beat/{next_node}"]) else b""
+                last, silent = beat, silent + 1 if beat == last else 0
+                if silent >= _LOST_AFTER:
+                    cause = f"node {next_node} of {place.nodes} has not been heard of for {silent} s"
+                    lost = Outcome(kind="lost", cause=cause).to_json()
+                    board.compare_set(f"{page.generation}/outcome", "", lost)
+        return 0
 
     def trainers_store(self, generation: int) -> dist.Store:
         """A connection for a trainer, below the prefix of its generation."""
@@ -203,12 +215,6 @@ class Group:
     def savers_store(self) -> dist.Store:
         """A connection for a saver: savers outlive generations."""
         return dist.PrefixStore(f"{self._prefix}/savers", self._connect())
-
-    def begin(self, run: str) -> None:
-        """On rank 0: forget what an earlier job has left in a store that outlives them."""
-        self._store.delete_key(f"dtrain/ended/{self.placement.job}/{run}")
-        if self.placement.restarts == 0:
-            self._store.delete_key(f"dtrain/failures/{self.placement.job}/{run}")
 
     def failures(self, run: str) -> list[float]:
         """When generations have failed within the last hour, before torchrun's restarts as well: Unix times."""
@@ -219,9 +225,14 @@ class Group:
     def remember_failure(self, run: str) -> None:
         self._store.set(f"dtrain/failures/{self.placement.job}/{run}", json.dumps([*self.failures(run), time.time()]))
 
+    def forget_failures(self, run: str) -> None:
+        """At the end of the run: they aren't those of its next start, with a store that outlives both."""
+        self._store.delete_key(f"dtrain/failures/{self.placement.job}/{run}")
+
     def remember_end(self, run: str, outcome: Outcome) -> None:
         """Leave word for the processes that torchrun will start in this one's place."""
-        self._store.set(f"dtrain/ended/{self.placement.job}/{run}", outcome.to_json())
+        word = json.dumps([time.time(), outcome.to_json()])
+        self._store.set(f"dtrain/ended/{self.placement.job}/{run}", word)
 
     @classmethod
     def ended_before(cls, placement: Placement, run: str) -> Outcome | None:
@@ -230,4 +241,8 @@ class Group:
             return None
         store = dist.TCPStore(*placement.store, is_master=False, timeout=timedelta(seconds=30))
         key = f"dtrain/ended/{placement.job}/{run}"
-        return Outcome.of(store.get(key)) if store.check([key]) else None
+        if not store.check([key]):
+            return None
+        when, outcome = json.loads(store.get(key))
+        # A store that isn't torchrun's own may have it of an earlier start of the job.
+        return Outcome.of(outcome) if time.time() - when < _WORD_HOLDS_S else None

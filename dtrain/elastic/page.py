@@ -44,13 +44,14 @@ class Phase(IntEnum):
             Phase.BODY: "the loop's body after the update",
             Phase.VALIDATION: "validation",
             Phase.SAVE: "taking a snapshot",
-            Phase.END: "the last save, after its loop",
+            Phase.END: "the end, after its loop",
         }[self]
 
 
 class Page(ctypes.Structure):
     """A few numbers.
 
+    generation: the one that this is
     restored: the step that this generation started from
     step: the last step that this generation has finished
     best: the last step that any generation before has finished
@@ -66,11 +67,12 @@ class Page(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("restored", "step", "best", "stop"),
+            *("generation", "restored", "step", "best", "stop"),
             *("at", "micro_batch", "left", "phase", "marked_ns", "learned_ns"),
         )
     )
 
+    generation: int
     restored: int
     step: int
     best: int
@@ -87,9 +89,8 @@ class Page(ctypes.Structure):
         """One that stays the same memory on both sides of a fork."""
         return cls.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))
 
-    def begin(self, best: int) -> None:
-        """Of a generation. :param best: see above."""
-        self.best, self.stop = best, 0
+    def begin(self, generation: int, best: int) -> None:
+        self.generation, self.best, self.stop = generation, best, 0
         self.restored = self.step = self.at = self.left = self.learned_ns = 0
         self.micro_batch = -1
         self.mark(Phase.MAIN)

@@ -25,7 +25,7 @@ _PR_SET_NAME = 15
 _THREADS_AT_IMPORT = len(os.listdir("/proc/self/task"))
 """Those of the BLAS libraries, which prepare themselves for a fork."""
 _libc = ctypes.CDLL(None, use_errno=True)
-_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT}
 """Signals that a parent may read in its own way."""
 
 

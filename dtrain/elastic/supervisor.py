@@ -60,7 +60,10 @@ _SAVERS_NICENESS = 15
 """The training goes first."""
 _MOST_DEATHS = 5
 """Of savers, within a minute."""
-_ENDING = (signal.SIGTERM, signal.SIGUSR1)
+_ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""torchrun's agent passes on what it gets itself of these."""
+_SUSPICION_S = 2.5
+"""Whether all are silent is looked at again after so long: a rank may have come to its end since it said so."""
 _MOST_NAMED = 4
 """Ranks in a message."""
 
@@ -98,6 +101,7 @@ class Supervisor:
         self._judge = Judge(config, self._page, self._slots.board)
         self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._saver: Child | None = None
+        self._heart: Child | None = None
         self._savers_deaths: list[float] = []
         self._asked: signal.Signals | None = None
         """To end, by this signal."""
@@ -118,10 +122,9 @@ class Supervisor:
         farewell = Farewell(self._placement, self._run)
         farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)
-        if self._placement.rank == 0:
-            self._group.begin(self._run)
         self._signals = Signals((signal.SIGINT, *_ENDING))
         self._saver = self._fork_saver()
+        self._heart = self._fork_heart()
         generation = 0
         while True:
             outcome = self._live_through(generation)
@@ -129,6 +132,7 @@ class Supervisor:
                 break
             self._judge.learn(outcome)
             generation += 1
+        farewell.remember(outcome, self._group)
         if outcome.kind in ("stopped", "ended") and not outcome.saved:
             send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
         if outcome.kind == "lost":
@@ -137,13 +141,17 @@ class Supervisor:
                 self._events.emit("lost", cause=outcome.cause)
         else:
             self._end_saver()
+        if self._heart is not None:
+            self._heart.kill()
         if outcome.kind != "done":
-            farewell.leave(outcome, self._group, self._slots.board.committed)
+            farewell.leave(outcome, self._slots.board.committed)
         self._signals.close()
 
     def _live_through(self, generation: int) -> Outcome:
         """Fork a trainer, and have it behind us when the generation is settled."""
-        self._judge.begin()
+        self._judge.begin(generation)
+        if self._group.asked_to_end()[0]:  # while the generation before failed
+            self._page.stop = 1
         said, saying = os.pipe()
         client = Remote(self._trainers_end, self._slots.board, generation)
         life = Life(self._group, generation, self._page, self._slots, client, self._judge.skipped)
@@ -187,7 +195,8 @@ class Supervisor:
 
     def _wait(self, generation: int, trainer: Child, watcher: _Watcher, dog: Watchdog, said: int) -> Outcome:
         """Block until the generation is settled, by us or by another rank's supervisor."""
-        group, failure, patience, silent = self._group, None, math.inf, False
+        group, failure, silent = self._group, None, False
+        patience = suspicion = math.inf
         ready: set[int] = set()
         poll = select.poll()
         for descriptor in (trainer.pidfd, said, self._signals.descriptor):
@@ -195,6 +204,8 @@ class Supervisor:
         while True:
             assert self._saver is not None
             others = [self._saver.pidfd, *watcher.descriptors()]
+            if self._heart is not None:
+                others.append(self._heart.pidfd)
             for descriptor in others:
                 poll.register(descriptor, select.POLLIN)
             now = time.monotonic()
@@ -204,6 +215,9 @@ class Supervisor:
                 poll.unregister(descriptor)
             if self._signals.descriptor in ready:
                 self._on_signal(trainer)
+            if self._heart is not None and self._heart.pidfd in ready:
+                self._heart.wait()
+                self._heart = self._fork_heart()
             if self._saver.pidfd in ready:
                 self._replace_saver()
             elif watcher.has_ended(ready):
@@ -220,18 +234,26 @@ class Supervisor:
                 code = trainer.wait()
                 if code != 0:
                     return self._fail(generation, Failure.of_code(code))
+                if silent:
+                    group.silent(generation, None)
                 if group.finished(generation):
                     return group.settle(generation, self._at_the_end())
                 if group.silent(generation, asdict(watchdog.ended(self._placement.rank))):
-                    return self._hang(generation)
+                    suspicion = time.monotonic() + _SUSPICION_S
             elif failure is not None and (trainer.pidfd in ready or time.monotonic() >= patience):
                 return self._fail(generation, self._unless_one_has_left(generation, failure))
             elif time.monotonic() >= self._deadline:
                 cause = f"the step did not come to its end within {_FOR_THE_STEP:.0%} of grace_s={self._config.grace_s}"
                 return self._fail(generation, Failure(cause=cause))
             elif trainer.running and dog.is_silent() != silent:
-                silent = not silent
-                if group.silent(generation, asdict(dog.report(trainer.pid)) if silent else None):
+                report = None if silent else dog.report(trainer.pid)
+                if silent or dog.is_silent():  # it takes a moment to find out where a trainer is
+                    silent = not silent
+                    if group.silent(generation, None if report is None else asdict(report)):
+                        suspicion = time.monotonic() + _SUSPICION_S
+            elif time.monotonic() >= suspicion:
+                suspicion = math.inf
+                if group.all_silent(generation):
                     return self._hang(generation)
             self._look_for_notice(trainer)
 
@@ -252,8 +274,7 @@ class Supervisor:
 
     def _hang(self, generation: int) -> Outcome:
         """Settle a generation in which no rank comes any further."""
-        ranks = range(self._placement.world_size)
-        reports = [Report(**self._group.report(generation, rank)) for rank in ranks]
+        reports = [Report(**report) for report in self._group.reports(generation)]
         blamed = watchdog.blamed(reports)
         cause = "hang: " + "; ".join(report.place for report in blamed[:_MOST_NAMED])
         if len(blamed) < len(reports):
@@ -265,13 +286,13 @@ class Supervisor:
         except OSError as error:
             cause += f" (their stacks can't be written: {error})"
         stacks = next((report.stacks for report in blamed if report.stacks), "")
-        return self._fail(generation, Failure(cause=cause, trace=stacks), blamed[0].rank)
+        return self._fail(generation, Failure(cause=cause, trace=stacks), blamed[0])
 
-    def _fail(self, generation: int, failure: Failure, rank: int | None = None) -> Outcome:
-        """Settle a generation that failed here, unless another rank was first. :param rank: the one that did."""
+    def _fail(self, generation: int, failure: Failure, place: Report | None = None) -> Outcome:
+        """Settle a generation that failed, unless another rank was first. :param place: of the rank that did."""
         asked, _ = self._group.asked_to_end()
-        rank = self._placement.rank if rank is None else rank
-        mine = self._judge.outcome(failure, rank, len(self._group.failures(self._run)), asked)
+        rank = self._placement.rank if place is None else place.rank
+        mine = self._judge.outcome(failure, rank, len(self._group.failures(self._run)), asked, place)
         outcome = self._group.settle(generation, mine)
         if outcome == mine:
             self._group.remember_failure(self._run)
@@ -298,6 +319,8 @@ class Supervisor:
             os._exit(128 + signal.SIGINT)
         agents = self._placement.store is not None and sender == os.getppid()
         self._ask_to_end(number, final=not agents)
+        if agents:  # it doesn't wait for long, for whatever signal
+            self._deadline = min(self._deadline, time.monotonic() + _FOR_THE_STEP * self._config.grace_s)
 
     def _look_for_notice(self, trainer: Child) -> None:
         path = self._config.notice_file
@@ -357,7 +380,21 @@ class Supervisor:
             found = self._signals.read()
             if found is None or (found[0] == signal.SIGINT and self._asked == signal.SIGINT):
                 break
+            until = min(until, time.monotonic() + _FOR_THE_SAVER * self._config.grace_s)
         self._saver.kill()
+
+    def _fork_heart(self) -> Child | None:
+        """Who beats for this node, where there are others."""
+        place = self._placement
+        if place.nodes == 1 or place.local_rank:
+            return None
+
+        def work() -> int:
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_IGN)
+            return self._group.beat(self._page)
+
+        return self._fork(work, "dtrain-heart")
 
 
 class _Watcher:

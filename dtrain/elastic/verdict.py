@@ -7,8 +7,9 @@ from dtrain.config import Config
 from dtrain.elastic.failure import Failure
 from dtrain.elastic.generation import Outcome
 from dtrain.elastic.page import Page, Phase
+from dtrain.elastic.watchdog import Report
 
-_IN_A_STEP = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE, Phase.BODY)
+_IN_A_BATCH = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 
 
 class Judge:
@@ -23,21 +24,23 @@ class Judge:
         self._board = board
         self._best = 0
         self._stalled = 0
+        self._at = 0
         self._committed = 0
         """The last commit before this generation."""
         self.skipped: tuple[int, ...] = ()
 
-    def begin(self) -> None:
-        """A generation."""
-        self._page.begin(self._best)
+    def begin(self, generation: int) -> None:
+        self._page.begin(generation, self._best)
         self._committed = self._board.committed
 
     def learn(self, outcome: Outcome) -> None:
         """How it ended, as all supervisors see it."""
         self._best, self._stalled, self.skipped = outcome.best, outcome.stalled, outcome.skipped
+        self._at = outcome.at
 
-    def outcome(self, failure: Failure, rank: int, failures: int, asked: int) -> Outcome:
+    def outcome(self, failure: Failure, rank: int, failures: int, asked: int, place: Report | None) -> Outcome:
         """:param rank: the one that failed, most often this supervisor's own.
+        :param place: where it was, if it's another one.
         :param failures: how many generations have failed within the last hour.
         :param asked: the signal for which all are to end anyway; 0 if there is none.
         """
@@ -47,12 +50,18 @@ class Judge:
         progress = self._board.committed > self._committed if failure.unsaved else page.step > known
         stalled = 0 if progress else self._stalled + 1
         cause, skipped = failure.cause, self.skipped
-        where = self._where() if not failure.unsaved else ""
+        step, batch, phase = (
+            (place.step, place.micro_batch, place.phase) if place else (page.at, page.micro_batch, page.phase)
+        )
+        at = step if step > known and phase in _IN_A_BATCH and not failure.unsaved else 0
+        where = f" (in {f'micro-batch {batch} of ' if batch >= 0 else ''}step {step})" if at else ""
+        at = at if stalled == 1 or at == self._at else 0
         final = failure.final
         if stalled >= config.max_stalled and not (final or asked):
-            if config.skip_poison_batch and page.at and page.phase in _IN_A_STEP and not failure.unsaved:
-                cause = f"{cause}{where}, the last of {stalled} failures without a new step: step {page.at} is skipped"
-                stalled, skipped = 0, (*skipped, page.at)
+            # Two steps in a row that kill are more likely a machine, or a program, that kills.
+            if config.skip_poison_batch and at and at - 1 not in skipped:
+                cause = f"{cause}{where}, the last of {stalled} failures without a new step: step {at} is skipped"
+                stalled, skipped = 0, (*skipped, at)
             else:
                 what = "checkpoint" if failure.unsaved else "step"
                 cause = f"no new {what} in {stalled} generations; the last time rank {rank} failed: {cause}{where}"
@@ -70,13 +79,7 @@ class Judge:
             trace=failure.trace,
             best=max(known, page.step),
             stalled=stalled,
+            at=at,
             skipped=skipped,
             signal=asked,
         )
-
-    def _where(self) -> str:
-        page = self._page
-        if not page.at or page.phase not in _IN_A_STEP:
-            return ""
-        batch = f"micro-batch {page.micro_batch} of " if page.micro_batch >= 0 else ""
-        return f" (in {batch}step {page.at})"

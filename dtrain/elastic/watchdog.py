@@ -31,6 +31,7 @@ _SLOW = (Phase.VALIDATION, Phase.SAVE, Phase.END)
 _ASLEEP_S = 5.0
 """A supervisor that wasn't run for so long was stopped together with its trainer, or had no processor."""
 _DUMP_S = 1.0
+_ALL_DUMPS_S = 3.0
 _DUMP_SIGNAL = signal.SIGRTMIN + 9
 _REPORT_BYTES = 60_000
 _WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/torch/nn/parallel/", "/dtrain/")
@@ -129,7 +130,10 @@ class Watchdog:
     def _dump(self, pid: int) -> str:
         """The stacks of a trainer, and of the processes that it has started to load data."""
         text = ""
+        last = time.monotonic() + _ALL_DUMPS_S
         for process in (pid, *_children(pid)):
+            if time.monotonic() > last:
+                break
             caught = int(_status(process, "SigCgt") or "0", 16)
             if not caught >> (_DUMP_SIGNAL - 1) & 1:  # it would be killed by it
                 continue

@@ -75,6 +75,6 @@ class _Places:
 def _begin(parent: int, worker: int) -> None:
     # torchrun sends SIGTERM, and a terminal SIGINT, to all processes; the trainer still needs its data then, for the
     # step that it is in. When the trainer is killed, the kernel kills its workers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     die_with(parent)

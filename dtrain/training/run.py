@@ -33,6 +33,7 @@ from dtrain.training.data import Collate, Data, Dataset
 from dtrain.training.exactness import inexact_parts, make_deterministic
 from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
+from dtrain.training.order import block
 from dtrain.training.parallel import Hook, Parallel, same_buffers
 from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
@@ -69,7 +70,6 @@ class Run:
             local_save_every=None if local is None else Interval.parse(local, "local_save_every"),
         )
         self._skipped = set(life.skipped)
-        self._stragglers = Stragglers()
         self._stop = False
         self._started = False
         self._done = 0
@@ -85,6 +85,8 @@ class Run:
         shard_size = config.shard_size or life.group.placement.local_world_size
         self._parallel = Parallel(config, device, self._precision, self._exchange, shard_size)
         self._sources = Sources(config, device, self._parallel)
+        ranks = self._parallel.world_size
+        self._stragglers = Stragglers([len(block(config.micro_batches, rank, ranks)) for rank in range(ranks)])
         open_folders(config, self._storages)
         self._events = Events(config.local_dir)
         snapshots = Snapshots(
@@ -347,6 +349,8 @@ class Run:
         """Leave out a step that has killed several generations."""
         ids = self._sources.skip(number)
         self._done = number
+        if self._page.step == self._page.restored:
+            self._page.restored = number  # the first step that is computed is still to come, and may take long
         self._page.finished(number)
         if self.is_first:
             self._events.emit("skipped", step=number, samples=ids)

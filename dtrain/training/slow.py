@@ -20,9 +20,13 @@ _PART_OF_STEP = 0.2
 
 
 class Stragglers:
-    """Rank 0's."""
+    """Rank 0's.
 
-    def __init__(self) -> None:
+    :param shares: how many micro-batches each rank has. Only ranks with as many are compared.
+    """
+
+    def __init__(self, shares: Sequence[int]) -> None:
+        self._shares = shares
         self._times: deque[Sequence[float]] = deque(maxlen=STEPS)
         self._steps: deque[float] = deque(maxlen=STEPS)
         self._named: set[int] = set()
@@ -36,13 +40,14 @@ class Stragglers:
         if len(self._times) < STEPS:
             return {}
         typical = [median(times) for times in zip(*self._times, strict=True)]
-        middle = sorted(typical)[(len(typical) - 1) // 2]
         behind = _PART_OF_STEP * median(self._steps)
-        slow = {
-            rank: (own, middle)
-            for rank, own in enumerate(typical)
-            if own > _TIMES_SLOWER * middle and own - middle > behind
-        }
+        slow = {}
+        for share in set(self._shares):
+            alike = [rank for rank, theirs in enumerate(self._shares) if theirs == share]
+            middle = sorted(typical[rank] for rank in alike)[(len(alike) - 1) // 2]
+            for rank in alike:
+                if typical[rank] > _TIMES_SLOWER * middle and typical[rank] - middle > behind:
+                    slow[rank] = (typical[rank], middle)
         new = {rank: times for rank, times in slow.items() if rank not in self._named}
         self._named = set(slow)
         return new
