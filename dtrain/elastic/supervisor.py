@@ -2,6 +2,7 @@
 
     supervisor ─┬─ trainer   the user's main
                 ├─ watcher   blocks on the store until some rank's supervisor has settled the generation
+                ├─ heart     one on each of several nodes: beats, and watches the next node's beat
                 └─ saver     writes snapshots to storage; lives as long as the supervisor
 
 It starts no thread, uses no GPU and takes part in no collective, so it can fork at any time. When its trainer dies, or
