@@ -71,7 +71,7 @@ def test_sigterm_to_torchrun_ends_all_ranks_after_the_same_step(tmp_path: Path) 
     assert_saved_and_going_on(tmp_path, found, done)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_without_torchrun_the_exit_code_says_that_it_was_preempted(tmp_path: Path, number: int) -> None:
     found, done = ended_by(tmp_path, lambda program: os.kill(program.pid, number), ranks=0)
     assert found.code == 143

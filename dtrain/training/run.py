@@ -355,6 +355,7 @@ class Run:
         if self.is_first:
             self._events.emit("skipped", step=number, samples=ids)
             say(f"step {number} is skipped; the ids of its samples are in events.jsonl")
+        self._save()  # it may have been due here, and this isn't to be found out again
 
     def _name_stragglers(self, own_s: Sequence[float], step_s: float) -> None:
         if not self.is_first:
