@@ -25,7 +25,9 @@ _PR_SET_NAME = 15
 _THREADS_AT_IMPORT = len(os.listdir("/proc/self/task"))
 """Those of the BLAS libraries, which prepare themselves for a fork."""
 _libc = ctypes.CDLL(None, use_errno=True)
-_HELD = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT}
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that ask for the end. torchrun's agent passes on what it gets itself of these."""
+_HELD = {signal.SIGINT, *ENDING}
 """Signals that a parent may read in its own way."""
 
 
@@ -104,6 +106,12 @@ def fork(work: Callable[[], int], name: str = "", *, apart: bool = False) -> Chi
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+
+def ignore_ending() -> None:
+    """Leave it to others to say when this process is not needed any more: signals may be sent to all of a job."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def die_with(parent: int) -> None:

@@ -43,7 +43,7 @@ from dtrain.elastic.farewell import Farewell
 from dtrain.elastic.generation import Group, Outcome
 from dtrain.elastic.page import STOPPED, Page
 from dtrain.elastic.placement import Placement
-from dtrain.elastic.process import Child, check_can_fork, die_with, fork
+from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork, ignore_ending
 from dtrain.elastic.signals import Signals
 from dtrain.elastic.verdict import Judge
 from dtrain.elastic.watchdog import TICK_S, Report, Watchdog
@@ -61,8 +61,6 @@ _SAVERS_NICENESS = 15
 """The training goes first."""
 _MOST_DEATHS = 5
 """Of savers, within a minute."""
-_ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-"""torchrun's agent passes on what it gets itself of these."""
 _SUSPICION_S = 2.5
 """Whether all are silent is looked at again after so long: a rank may have come to its end since it said so."""
 _MOST_NAMED = 4
@@ -123,7 +121,7 @@ class Supervisor:
         farewell = Farewell(self._placement, self._run)
         farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)
-        self._signals = Signals((signal.SIGINT, *_ENDING))
+        self._signals = Signals((signal.SIGINT, *ENDING))
         self._saver = self._fork_saver()
         self._heart = self._fork_heart()
         generation = 0
@@ -182,7 +180,7 @@ class Supervisor:
         def pass_on(number: int, frame: FrameType | None) -> None:
             os.kill(supervisor, number)
 
-        for number in _ENDING:
+        for number in ENDING:
             signal.signal(number, pass_on)
         dog.in_the_trainer()
         try:
@@ -348,9 +346,7 @@ class Supervisor:
         place = self._placement
 
         def work() -> int:
-            # They may be sent to all processes of a job; the supervisor says when there is nothing to save.
-            for number in _ENDING:
-                signal.signal(number, signal.SIG_IGN)
+            ignore_ending()
             os.nice(_SAVERS_NICENESS)
             saver = Saver.of(self._config, self._group.savers_store, place.rank, place.world_size, self._slots)
             serve(self._savers_end, saver, self._slots.board)
@@ -391,8 +387,7 @@ class Supervisor:
             return None
 
         def work() -> int:
-            for number in _ENDING:
-                signal.signal(number, signal.SIG_IGN)
+            ignore_ending()
             return self._group.beat(self._page)
 
         return self._fork(work, "dtrain-heart")
@@ -414,8 +409,7 @@ class _Watcher:
         return [] if self._child is None else [self._child.pidfd]
 
     def _work(self) -> int:
-        for number in _ENDING:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_ending()
         return self._group.watch(self._generation)
 
     def has_ended(self, ready: Collection[int]) -> bool:

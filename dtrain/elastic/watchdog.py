@@ -34,7 +34,9 @@ _DUMP_S = 1.0
 _ALL_DUMPS_S = 3.0
 _DUMP_SIGNAL = signal.SIGRTMIN + 9
 _REPORT_BYTES = 60_000
-_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/torch/nn/parallel/", "/dtrain/")
+_PACKAGE = Path(__file__).parent.parent
+_OWN = (f"{_PACKAGE}/training/", f"{_PACKAGE}/checkpoint/")
+_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/torch/nn/parallel/", *_OWN)
 """Where a rank is that waits for others, by the file of its innermost frame."""
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from dtrain.elastic.process import die_with
+from dtrain.elastic.process import die_with, ignore_ending
 
 if TYPE_CHECKING:
     from dtrain.training.data import MapData, Places
@@ -75,6 +75,6 @@ class _Places:
 def _begin(parent: int, worker: int) -> None:
     # torchrun sends SIGTERM, and a terminal SIGINT, to all processes; the trainer still needs its data then, for the
     # step that it is in. When the trainer is killed, the kernel kills its workers.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_ending()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(parent)
