@@ -11,7 +11,6 @@ could ask is called off there by an empty report; so nobody waits for what can't
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -25,6 +24,8 @@ import torch.distributed as dist
 
 from dtrain.checkpoint.machine import alive, machine
 
+_LOOK_AGAIN_S = 0.1
+"""For the others, at the end of a run."""
 
 @dataclass(frozen=True)
 class Outcome:
@@ -170,8 +171,7 @@ class Agreement:
             if time.monotonic() > deadline or any(map(self._is_gone, missing)):
                 self._store.set(f"last/{self.rank}", "[]")  # whoever comes later doesn't wait for this one
                 return None
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([keys[rank] for rank in missing], timedelta(seconds=0.1))
+            time.sleep(_LOOK_AGAIN_S)  # a wait in the store that times out prints warnings of its own, piece by piece
         have = [{(key[0], key[1], key[2]) for key in json.loads(data)} for data in self._get(keys)]
         return max(set.intersection(*have), default=None)
 
