@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 90.0
 """What takes longer is a hang: many times what the slowest thing here needs on a busy machine of two cores."""
 _TOKEN = "DTRAIN_TEST_JOB"
+_FORKING = "import dtrain, torch._dynamo\nfrom torch.distributed.run import main\nmain()"
+"""Torchrun, with all that its ranks would import."""
 T = TypeVar("T")
 
 
@@ -45,7 +47,7 @@ class Job:
     :ivar output: the file that stdout and stderr of all its processes go to.
     """
 
-    def __init__(self, options: Options, ranks: int, restarts: int, output: Path) -> None:
+    def __init__(self, options: Options, ranks: int, restarts: int, output: Path, *, fresh: bool) -> None:
         """:param ranks: 0 runs the script by itself, without torchrun."""
         self.options = options
         self.ranks = max(1, ranks)
@@ -53,8 +55,12 @@ class Job:
         self._evidence = Path(options.evidence)
         self._before = len(self.lives())
         self._under_torchrun = ranks > 0
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-        command = [sys.executable, "-m", *(torchrun if ranks else ()), *(("-m",) if ranks else ())]
+        torchrun = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+        program = ["-m", "tests.train_job"]
+        if ranks and fresh:
+            program = ["-m", "torch.distributed.run", *torchrun, *program]
+        elif ranks:
+            program = ["-c", _FORKING, *torchrun, "--run-path", "--start-method=fork", "tests/train_job.py"]
         token = uuid.uuid4().hex
         self._mark = f"{_TOKEN}={token}".encode()
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", _TOKEN)}
@@ -69,7 +75,7 @@ class Job:
         }
         with output.open("ab") as file:
             self._process = subprocess.Popen(
-                [*command, "tests.train_job", options.to_json()],
+                [sys.executable, *program, options.to_json()],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -199,14 +205,16 @@ class Job:
 
 
 @contextlib.contextmanager
-def start(options: Options, ranks: int, *, restarts: int = 0) -> Iterator[Job]:
+def start(options: Options, ranks: int, *, restarts: int = 0, fresh: bool = False) -> Iterator[Job]:
     """Start a job; at the end of the block, nothing of it is left.
 
     :param ranks: 0 runs the script by itself, without torchrun.
     :param restarts: how often torchrun may start the group again.
+    :param fresh: let torchrun start new interpreters. Else it forks itself, by options of its own, which saves each rank
+        the import of torch.
     """
     Path(options.evidence).mkdir(parents=True, exist_ok=True)
-    job = Job(options, ranks, restarts, Path(options.evidence) / "output.txt")
+    job = Job(options, ranks, restarts, Path(options.evidence) / "output.txt", fresh=fresh)
     try:
         yield job
     finally:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch.distributed.run import main as torchrun_main
+
 from dtrain.elastic.process import Child, fork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,13 +84,12 @@ def started(*args: object, ranks: int = 0, torchrun: tuple[str, ...] = (), fresh
     """`small_job.py` with these arguments; it is killed at the end of the block.
 
     :param ranks: 0 for one process without torchrun, else torchrun with so many.
-    :param fresh: without torchrun: a new interpreter, not a fork of this one, which saves the import of torch.
+    :param fresh: new interpreters. Else all are forks of this process, which saves each the import of torch; torchrun
+        has options of its own for that.
     """
     arguments = [JOB, *map(str, args)]
-    command = [sys.executable, *arguments]
-    if ranks:
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
-        command = [sys.executable, *run, *arguments]
+    options = ["--standalone", f"--nproc-per-node={ranks}", *torchrun]
+    command = [sys.executable, *(["-m", "torch.distributed.run", *options] if ranks else []), *arguments]
     with TemporaryDirectory() as name:
         folder = Path(name)
         for stream in ("out", "err"):
@@ -102,11 +103,14 @@ def started(*args: object, ranks: int = 0, torchrun: tuple[str, ...] = (), fresh
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            if ranks or fresh:
+            if fresh:
                 os.execv(sys.executable, command)
             sys.argv = arguments
             try:
-                runpy.run_path(JOB, run_name="__main__")
+                if ranks:
+                    torchrun_main([*options, "--run-path", "--start-method=fork", *arguments])
+                else:
+                    runpy.run_path(JOB, run_name="__main__")
             except SystemExit as error:
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)

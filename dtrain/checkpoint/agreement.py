@@ -27,6 +27,7 @@ from dtrain.checkpoint.machine import alive, machine
 _LOOK_AGAIN_S = 0.1
 """For the others, at the end of a run."""
 
+
 @dataclass(frozen=True)
 class Outcome:
     """Of one save. Without an error, it is committed."""
