@@ -20,7 +20,8 @@ from dtrain.checkpoint.log import Log
 from dtrain.checkpoint.manager import Manager
 from dtrain.checkpoint.reader import load_tensors, read_manifest
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots, Snapshots
+from dtrain.checkpoint.slots import Slots
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
 from dtrain.config import Config

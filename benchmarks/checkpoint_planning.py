@@ -42,7 +42,8 @@ from dtrain.checkpoint.format import DIGEST_BYTES, Part, digest, json_text
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.plan import local_items
-from dtrain.checkpoint.snapshot import Slots, Snapshots
+from dtrain.checkpoint.slots import Slots
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.tree import encode
 from dtrain.checkpoint.writer import shard_name
 from dtrain.elastic.process import fork

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots
+from dtrain.checkpoint.slots import Slots
 from dtrain.config import Config
 from dtrain.elastic.generation import Group
 from dtrain.elastic.page import Page, Phase

@@ -34,7 +34,8 @@ from dtrain.checkpoint.loading import load
 from dtrain.checkpoint.log import Log
 from dtrain.checkpoint.manager import Manager
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots, Snapshots
+from dtrain.checkpoint.slots import Slots
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.cli import leftovers
 from dtrain.config import Config

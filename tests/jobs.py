@@ -210,8 +210,8 @@ def start(options: Options, ranks: int, *, restarts: int = 0, fresh: bool = Fals
 
     :param ranks: 0 runs the script by itself, without torchrun.
     :param restarts: how often torchrun may start the group again.
-    :param fresh: let torchrun start new interpreters. Else it forks itself, by options of its own, which saves each rank
-        the import of torch.
+    :param fresh: let torchrun start new interpreters. Else it forks itself, by options of its own, which saves each
+        rank the import of torch.
     """
     Path(options.evidence).mkdir(parents=True, exist_ok=True)
     job = Job(options, ranks, restarts, Path(options.evidence) / "output.txt", fresh=fresh)

@@ -17,7 +17,8 @@ from dtrain.checkpoint.channel import Client, Direct, Remote, send, serve
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.manager import Manager, Restored
 from dtrain.checkpoint.saver import Saver as WritingSaver
-from dtrain.checkpoint.snapshot import Slots, Snapshots
+from dtrain.checkpoint.slots import Slots
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.config import Config
 from dtrain.elastic.process import Child, fork

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_a_process_for_saving_that_died_is_never_started_again_by_stock(tmp_path
 
 
 def test_a_process_for_saving_that_died_is_replaced_in_dtrain_and_its_save_fails_on_all_ranks(tmp_path: Path) -> None:
-    """It is killed while it has nothing to do, and while it writes; each time the generation goes on."""
+    """It is killed while it has nothing to do, before it has read what is asked for, and when it is at it."""
 
     def work(rank: int) -> list[str]:
         kept = Kept({"a": filled(1.0), "b": filled(1.0)})
@@ -144,13 +145,25 @@ def test_a_process_for_saving_that_died_is_replaced_in_dtrain_and_its_save_fails
         saver.begin(2)
         if rank == 1:
             saver.replace()
+        saver.manager.wait()
+        if rank == 0:  # rank 1's waits for it
+            os.kill(saver.process.pid, signal.SIGSTOP)
+        dist.barrier()
+        saver.begin(4)
+        if rank == 1:
+            while saver.slots.board.asked < 3:
+                time.sleep(0.001)
+            saver.replace()
+        dist.barrier()
+        if rank == 0:
+            os.kill(saver.process.pid, signal.SIGCONT)
         with pytest.raises(SaveError) as found:
             saver.manager.wait()
         dist.barrier()
-        assert commits(tmp_path) == [1]
-        saver.save(3)
+        assert commits(tmp_path) == [1, 2]
+        saver.save(5)
         dist.barrier()
-        assert commits(tmp_path) == [1, 3]
+        assert commits(tmp_path) == [1, 2, 5]
         assert saver.end() == 0
         return [str(found.value)]
 

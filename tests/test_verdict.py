@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import dtrain
-from dtrain.checkpoint.snapshot import Slots
+from dtrain.checkpoint.slots import Slots
 from dtrain.elastic.failure import Failure
 from dtrain.elastic.generation import Outcome
 from dtrain.elastic.page import Page, Phase

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots
+from dtrain.checkpoint.slots import Slots
 from dtrain.elastic.page import Page
 from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life

@@ -23,6 +23,7 @@ from typing import cast
 import torch.distributed as dist
 
 from dtrain.checkpoint.machine import alive, machine
+from dtrain.checkpoint.slots import Key
 
 _LOOK_AGAIN_S = 0.1
 """For the others, at the end of a run."""
@@ -160,7 +161,7 @@ class Agreement:
                 return Outcome(f"{why}, and may have committed it")
         return Outcome(**json.loads(self._store.get(f"{save}/outcome")))
 
-    def common(self, mine: Collection[tuple[int, int, int]], timeout_s: float) -> tuple[int, int, int] | None:
+    def common(self, mine: Collection[Key], timeout_s: float) -> Key | None:
         """The newest of the snapshots that every rank has; None if there is none, or if not all ranks ask in time.
 
         :param mine: the keys of those that this rank has.
@@ -173,7 +174,7 @@ class Agreement:
                 self._store.set(f"last/{self.rank}", "[]")  # whoever comes later doesn't wait for this one
                 return None
             time.sleep(_LOOK_AGAIN_S)  # a wait in the store that times out prints warnings of its own, piece by piece
-        have = [{(key[0], key[1], key[2]) for key in json.loads(data)} for data in self._get(keys)]
+        have: list[set[Key]] = [set(map(tuple, json.loads(data))) for data in self._get(keys)]
         return max(set.intersection(*have), default=None)
 
     def _is_gone(self, rank: int) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from dtrain import errors
 from dtrain.checkpoint.agreement import Outcome
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Board, Snapshot
+from dtrain.checkpoint.slots import Board, Snapshot
 from dtrain.errors import SaveError
 
 _MOST_BYTES = 1 << 17
@@ -168,19 +168,22 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
 
     with ThreadPoolExecutor(1) as saving:
         broken = board.saving_generation, board.saving
-        if broken[1]:
-            board.asked_generation, board.asked = broken
+        if broken[1] and broken == (board.asked_generation, board.asked):  # else what was asked for is still to be read
             saving.submit(settle, *broken)
         while True:
-            message = json.loads(end.recv(_MOST_BYTES))
+            # What is read is gone: so that this process may die at any moment, it says first that it has read it.
+            message = json.loads(end.recv(_MOST_BYTES, socket.MSG_PEEK))
+            if message["do"] == "save":
+                asked = message["snapshot"]["generation"], message["number"]
+                known = asked <= (board.asked_generation, board.asked)
+                if not known:
+                    board.asked_generation, board.asked = asked
+            end.recv(_MOST_BYTES)
             match message["do"]:
                 case "save":
-                    snapshot = Snapshot(**message["snapshot"])
-                    asked = snapshot.generation, message["number"]
-                    if asked <= (board.asked_generation, board.asked):
-                        continue  # it was called off before the one that died had even read of it
-                    board.asked_generation, board.asked = asked
-                    saving.submit(save, snapshot, message["number"], message["metrics"], message["place"])
+                    if not known:  # else one that died had read it, or it was called off before
+                        snapshot = Snapshot(**message["snapshot"])
+                        saving.submit(save, snapshot, message["number"], message["metrics"], message["place"])
                 case "over":
                     generation = message["generation"]
                     last = board.asked if board.asked_generation == generation else 0

@@ -10,29 +10,26 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from dtrain.checkpoint import memory
 from dtrain.checkpoint.catalog import CHECKPOINTS, candidates
 from dtrain.checkpoint.channel import Client
-from dtrain.checkpoint.format import Manifest, Part
-from dtrain.checkpoint.index import Indexes
+from dtrain.checkpoint.format import Manifest
 from dtrain.checkpoint.log import Entry, Log
-from dtrain.checkpoint.machine import machine
-from dtrain.checkpoint.reader import load_shared, load_tensors
-from dtrain.checkpoint.snapshot import Slots, Snapshot, Snapshots
+from dtrain.checkpoint.reader import files_needed, load_shared, load_tensors
+from dtrain.checkpoint.slots import Slots, Snapshot
+from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import flatten
-from dtrain.checkpoint.writer import shard_name
 from dtrain.errors import Damaged, DtrainError, Fenced, NoGoodCheckpoint, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.base import Storage
-from dtrain.storage.local import LocalStorage
 
 T = TypeVar("T")
 
@@ -72,21 +69,21 @@ class Manager:
 
     def claim(self) -> None:
         """Take the run over from any earlier group of savers."""
-        self.epoch = from_rank_0(self._client.claim)
+        self.epoch = self._slots.board.epoch = from_rank_0(self._client.claim)
 
     def restore(self, state: State) -> Restored | None:
         """Load the newest state that all ranks can have; None if there is none yet.
 
-        That is the newest snapshot in memory, after the death of a trainer; else the newest good checkpoint, the local
-        one of two of the same step. A checkpoint that fails its check on any rank is recorded as bad on all of them,
-        and the one before is taken.
+        That is the newest snapshot in memory, after the death of a trainer or a node; else the newest good checkpoint,
+        the local one of two of the same step. A checkpoint that fails its check on any rank is recorded as bad on all
+        of them, and the one before is taken.
 
         :raises NoGoodCheckpoint: there are commits, and none of them is good.
         :raises StateError: the tracked objects aren't those that were saved.
         """
         logs = [Log(storage) for storage in self._storages]
-        committed = from_rank_0(functools.partial(self._newest_commits, logs))
-        return self._from_memory(state, committed) or self._from_storage(state, logs)
+        committed, epoch = from_rank_0(functools.partial(self._newest_commits, logs))
+        return self._from_memory(state, committed, epoch) or self._from_storage(state, logs)
 
     def snapshot(self, state: State, step: int, position: dict[str, Any]) -> None:
         """Copy the state into memory. No collective operation."""
@@ -151,8 +148,8 @@ class Manager:
             for key in flatten(state.tree({})[name]["state"])
         }
 
-    def _newest_commits(self, logs: list[Log]) -> list[int]:
-        """The step of each place's."""
+    def _newest_commits(self, logs: list[Log]) -> tuple[list[int], int]:
+        """The step of each place's, and the last epoch that has committed to the run folder."""
         for log in logs:
             log.refresh()
         if logs[0].epoch != self.epoch:
@@ -160,50 +157,36 @@ class Manager:
                 f"{self._storages[0].root}: epoch {logs[0].epoch} took over; epoch {self.epoch} is a leftover and stops"
             )
         counts = _counts(logs[0])
-        return [
+        steps = [
             max((entry.step for entry in log.commits() if log is logs[0] or counts(entry)), default=0) for log in logs
         ]
+        return steps, _newest_epoch(logs[0])
 
-    def _from_memory(self, state: State, committed: list[int]) -> Restored | None:
-        """Load the newest snapshot that all ranks have, unless there is a checkpoint of a later step."""
-        mine = {found.key: asdict(found) for found in self._slots.whole()}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (machine(), mine))
-        common = set(mine).intersection(*(theirs for _, theirs in ranks))
-        if not common or len({where for where, _ in ranks}) > 1:
+    def _from_memory(self, state: State, committed: list[int], epoch: int) -> Restored | None:
+        """Load the newest snapshot, unless there is a checkpoint of a later step, or of a later group."""
+        least = max(committed)
+        found = memory.find(self._slots, lambda snapshot: snapshot.step >= least and snapshot.epoch >= epoch)
+        if found is None:
             return None
-        parts = [Snapshot(**theirs[max(common)]) for _, theirs in ranks]
-        if parts[0].step < max(committed):
-            return None
-        metas: list[dict[str, Any]] = []
-        problem = on_all_ranks(lambda: metas.extend(part.meta() for part in parts), (Exception,))
-        if problem:
-            self._forget(parts[0].step, problem)
-        manifest = Manifest.from_json(
-            Manifest.join(
-                [
-                    Part(file=shard_name(rank), size=meta["size"], items=meta["items"], digests=b"")
-                    for rank, meta in enumerate(metas)
-                ],
-                step=parts[0].step,
-                world_size=len(parts),
-                tree=metas[0]["tree"],
-                tensors=Indexes.merged(meta["tensors"] for meta in metas),
-                index=b"",
-            )
-        )
-        storage = _Memory({f"memory/{shard_name(rank)}": part.path for rank, part in enumerate(parts)})
         started = time.monotonic()
-        targets = state.targets(manifest)
-        problem = on_all_ranks(lambda: load_tensors(storage, "memory", manifest, targets), (Exception,))
+        manifests: list[Manifest] = []
+        problem = on_all_ranks(lambda: manifests.append(memory.manifest_of(found)), (Exception,))
         if problem:
-            self._forget(parts[0].step, problem)
-        self._slots.keep(Snapshot(**mine[max(common)]))
+            self._forget(found.step, problem)
+        (manifest,) = manifests
+        targets = state.targets(manifest)
+        with memory.at_hand(found, files_needed(manifest, targets)) as storage:
+            problem = on_all_ranks(lambda: memory.load(storage, manifest, targets), (Exception,))
+        if problem:
+            self._forget(found.step, problem)
+        self._slots.keep(found.key)
         position = state.apply(manifest, targets)
         if dist.get_rank() == 0:
             seconds = time.monotonic() - started
-            self._events.emit("restored", step=parts[0].step, seconds=seconds, place="memory")
-        return Restored(parts[0].step, position, parts[0].step == committed[0])
+            self._events.emit("restored", step=found.step, seconds=seconds, place="memory")
+        if found.key[0] != self.epoch:  # another group's, perhaps of other ranks: from here on, this one has its own
+            self.snapshot(state, found.step, position)
+        return Restored(found.step, position, found.step == committed[0])
 
     def _forget(self, step: int, problem: str) -> NoReturn:
         """A part of a snapshot may be in the objects already: only a new trainer can begin without it."""
@@ -265,26 +248,18 @@ class Manager:
                 self._events.warn(str(error))
 
 
-class _Memory:
-    """The ranks' slots, as a place that can be read."""
-
-    root = "memory"
-
-    def __init__(self, files: dict[str, str]) -> None:
-        self._files = files
-
-    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        place = Path(self._files[path])
-        LocalStorage(str(place.parent)).read_into(place.name, offset, buffers)
-
-
 def _counts(run: Log) -> Callable[[Entry], bool]:
     """Whether a local commit counts: it doesn't any more when a later group of savers has committed to the run.
 
     :param run: the run folder's log.
     """
-    newest = max((entry.epoch for entry in run.entries if entry.kind == "commit"), default=0)
+    newest = _newest_epoch(run)
     return lambda commit: commit.group >= newest
+
+
+def _newest_epoch(run: Log) -> int:
+    """The last one that has committed."""
+    return max((entry.epoch for entry in run.entries if entry.kind == "commit"), default=0)
 
 
 def from_rank_0(work: Callable[[], T]) -> T:

@@ -61,14 +61,24 @@ def load_tensors(
     :raises Damaged: a byte isn't what was saved; the targets' contents are worth nothing then.
     :raises StateError: a target has another shape or type than what was saved, or nothing was saved by its name.
     """
+    return read_blocks(storage, folder, _all_wants(folder, manifest, targets, cast), manifest.block_bytes, threads)
+
+
+def files_needed(manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> set[str]:
+    """Which files `load_tensors` would read on this rank. :raises: as it does."""
+    return {want.chunk.file for want in _all_wants("", manifest, targets)}
+
+
+def _all_wants(
+    folder: str, manifest: Manifest, targets: Mapping[str, torch.Tensor], cast: Container[str] = ()
+) -> list[Want]:
     boxes: dict[Any, _Box] = {}
     with torch.no_grad():  # a DTensor's own part is had at once then
-        wants = [
+        return [
             want
             for name, target in targets.items()
             for want in _wants(folder, name, manifest.tensors.get(name), target, name in cast, boxes)
         ]
-    return read_blocks(storage, folder, wants, manifest.block_bytes, threads)
 
 
 def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> int:

@@ -23,7 +23,7 @@ from dtrain.checkpoint.agreement import Agreement, Outcome, Report
 from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.format import Part, digest, hash_item
 from dtrain.checkpoint.policy import Keep
-from dtrain.checkpoint.snapshot import Slots, Snapshot
+from dtrain.checkpoint.slots import Slots, Snapshot
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.config import Config, Interval
 from dtrain.errors import DtrainError, Fenced, SaveError
@@ -127,7 +127,7 @@ class Saver:
 
         :param timeout_s: how long to wait for the other ranks to be at the same point, in seconds.
         """
-        have = {found.key: found for found in self._slots.whole()}
+        have = {found.key: found for found in self._slots.whole() if found.epoch == self._board.epoch}
         newest = self._agreement.common(have.keys(), timeout_s)
         if newest is not None and have[newest].step > self._board.committed:
             self.save(have[newest], _LAST, {})

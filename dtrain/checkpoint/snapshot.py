@@ -1,27 +1,23 @@
 """Snapshots: the state copied into shard files in memory, which is all that holds up a step.
 
-    supervisor      makes two slots, before anything is forked: files in memory (memfd), which have no name, so that
-                    nothing of them can be left behind, and no limit but the machine's memory
+    supervisor      makes two slots, before anything is forked (see `slots`)
       ├─ trainer    copies its tensors into one of them: `Snapshots.take`
       └─ saver      writes a slot to storage, while the next snapshots go into the other (see `saver`)
 
-A slot holds this rank's shard file, byte for byte as it will lie in storage, and behind it, as JSON, what there is to
-know about it. It survives the trainer: the next one starts from the newest snapshot that all ranks have (see
-`manager`). What is being saved is not written to, and the newest whole snapshot only where there is no other way.
+They survive the trainer: the next one starts from the newest snapshot of which all parts can be had (see `memory`).
+What is being saved is not written to, and the newest whole snapshot only where there is no other way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import mmap
 import os
-import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,125 +29,14 @@ from dtrain.checkpoint.format import digest, json_text, tensors_to_json
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.machine import available_bytes, no_collection
 from dtrain.checkpoint.plan import local_items, local_part
+from dtrain.checkpoint.replicas import Replicas
+from dtrain.checkpoint.slots import Slots, Snapshot
 from dtrain.checkpoint.tree import dtype_name, encode, flatten
 
-SLOTS = 2
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
 _SPARE_BYTES = 256 << 20
 """Memory that is left to everybody else."""
-
-
-class _Slot(ctypes.Structure):
-    _fields_ = (
-        ("whole", ctypes.c_int64),
-        ("generation", ctypes.c_int64),
-        ("number", ctypes.c_int64),
-        ("step", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-    )
-
-
-class Board(ctypes.Structure):
-    """What the processes of one rank know of its slots, in memory that they share.
-
-    slots: what each holds; `whole` is 0 while it is written to
-    saving: the number of the save that was asked for and whose outcome wasn't told yet; 0 if there is none
-    saving_generation: the generation that asked for it
-    asked: the number of the last save that the saver has read of
-    asked_generation: the generation that asked for it
-    held: 1 + the slot that is being saved, which nobody may write to; 0 if none
-    committed: the step of the last commit
-    epoch: the one that this group of savers claimed; 0 before
-    group: tells it from any other
-    place: that the snapshot is being saved to, see `Saver`
-    """
-
-    _fields_ = (
-        ("slots", _Slot * SLOTS),
-        ("saving", ctypes.c_int64),
-        ("saving_generation", ctypes.c_int64),
-        ("asked", ctypes.c_int64),
-        ("asked_generation", ctypes.c_int64),
-        ("held", ctypes.c_int64),
-        ("committed", ctypes.c_int64),
-        ("epoch", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("place", ctypes.c_int64),
-    )
-
-    saving: int
-    saving_generation: int
-    asked: int
-    asked_generation: int
-    held: int
-    committed: int
-    epoch: int
-    group: int
-    place: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """One rank's part of a snapshot that is whole."""
-
-    generation: int
-    number: int
-    """Which one of its generation, beginning at 1; equal on all ranks."""
-    step: int
-    slot: int
-    path: str
-    """Where the processes of this machine can open it."""
-    size: int
-    """Of the shard file; what is known about it comes behind."""
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """Tells snapshots apart: equal for what ranks have taken together, and the newest is the largest."""
-        return self.generation, self.number, self.step
-
-    def meta(self) -> dict[str, Any]:
-        """What is known about it: see `Snapshots.take`."""
-        with open(self.path, "rb") as file:
-            file.seek(self.size)
-            meta: dict[str, Any] = json.loads(file.read())
-        return meta
-
-
-class Slots:
-    """Made once by each supervisor; its children inherit it."""
-
-    def __init__(self) -> None:
-        self.board = Board.from_buffer(mmap.mmap(-1, mmap.PAGESIZE))
-        self.board.group = secrets.randbits(62)
-        self._owner = os.getpid()
-        self._memory = [os.memfd_create(f"dtrain-slot-{index}", os.MFD_CLOEXEC) for index in range(SLOTS)]
-
-    def in_memory(self, index: int) -> str:
-        """A path by which processes of this machine, and of this user, can open a slot."""
-        return f"/proc/{self._owner}/fd/{self._memory[index]}"
-
-    def keep(self, chosen: Snapshot | None) -> None:
-        """Forget all snapshots but one, after which nobody can want them any more."""
-        for slot in self.board.slots:
-            if chosen is None or (slot.generation, slot.number) != (chosen.generation, chosen.number):
-                slot.whole = 0
-
-    def whole(self) -> list[Snapshot]:
-        """The whole snapshots that lie in memory, oldest first."""
-        found = [
-            Snapshot(
-                generation=slot.generation,
-                number=slot.number,
-                step=slot.step,
-                slot=index,
-                path=self.in_memory(index),
-                size=slot.size,
-            )
-            for index, slot in enumerate(self.board.slots)
-            if slot.whole
-        ]
-        return sorted(found, key=lambda snapshot: (snapshot.generation, snapshot.number))
 
 
 class Snapshots:
@@ -160,6 +45,7 @@ class Snapshots:
     :param local_world_size: how many ranks share this machine's memory.
     :param spill: a folder on a disk, for where memory is too small.
     :param say: told so, once.
+    :param replicas: sends what is taken to another node.
     """
 
     def __init__(
@@ -172,6 +58,7 @@ class Snapshots:
         generation: int,
         spill: str,
         say: Callable[[str], None],
+        replicas: Replicas | None = None,
     ) -> None:
         self._slots = slots
         self._board = slots.board
@@ -181,12 +68,13 @@ class Snapshots:
         self._generation = generation
         self._spill = spill
         self._say = say
+        self._replicas = replicas
         self._number = 0
         self._known: tuple[Any, ...] = ()
         """What the layout depends on: names, and what is known of each tensor."""
         self._layout = Layout([])
         self._shapes = ""
-        self._mapped: list[_Mapped | None] = [None] * SLOTS
+        self._mapped: list[_Mapped | None] = [None for _ in slots.own]
         self._in_memory = True
         self._preparing: threading.Thread | None = None
         self._pending: tuple[torch.cuda.Event, Callable[[], None]] | None = None
@@ -202,6 +90,8 @@ class Snapshots:
         :param then: called when the snapshot is whole.
         """
         self.complete()
+        if self._replicas is not None:
+            self._replicas.wait()
         tensors: dict[str, torch.Tensor] = {}
         texts = {name: json_text(encode(value, name, tensors)) for name, value in tree.items()}
         self._lay_out(tree, tensors)
@@ -214,19 +104,15 @@ class Snapshots:
         threads = len(os.sched_getaffinity(0)) // self._local_world_size
         copied = copy(mapped.views, sources, [name in steady for name in names], threads)
         self._number += 1
-        slot.generation, slot.number, slot.step, slot.size = self._generation, self._number, step, self._layout.size
+        slot.epoch, slot.generation, slot.number = self._board.epoch, self._generation, self._number
+        slot.step, slot.rank, slot.world_size, slot.size = step, self._rank, self._world_size, self._layout.size
         mapped.write_meta(self._meta(texts, step))
-        snapshot = Snapshot(
-            generation=self._generation,
-            number=self._number,
-            step=step,
-            slot=index,
-            path=mapped.path,
-            size=self._layout.size,
-        )
+        snapshot = replace(self._slots.snapshot(index), path=mapped.path)
 
         def publish() -> None:
             slot.whole = self._in_memory  # what lies on the disk is this trainer's alone
+            if self._replicas is not None and self._in_memory:
+                self._replicas.begin(snapshot)
             then(snapshot)
 
         if copied is None:
@@ -270,15 +156,13 @@ class Snapshots:
         self._layout = Layout(local_items(tensors, self._rank, self._world_size))
         shapes = {name: (dtype_name(tensors[name].dtype), tensors[name].shape) for name in sorted(tensors)}
         self._shapes = digest(tensors_to_json(shapes).encode())
-        self._mapped = [None] * SLOTS
+        self._mapped = [None for _ in self._slots.own]
         self._in_memory = self._fits()
         self._known = known  # at the end: what was raised before is raised the next time as well
 
     def _choose(self) -> int:
         """The slot that is the least needed, and isn't held by the saver: of two, one is always free."""
-        free = [index for index in range(SLOTS) if index != self._board.held - 1]
-        slots = self._board.slots
-        return min(free, key=lambda index: (slots[index].whole, slots[index].generation, slots[index].number))
+        return self._slots.oldest([index for index in self._slots.own if index != self._board.held - 1])
 
     def _map(self, index: int) -> _Mapped:
         if self._preparing is not None:
@@ -293,7 +177,7 @@ class Snapshots:
                 file = tempfile.TemporaryFile(dir=self._spill, buffering=0)  # noqa: SIM115
                 mapped = _Mapped(file, f"/proc/{os.getpid()}/fd/{file.fileno()}", self._layout)
             self._mapped[index] = mapped
-            self._prepare((index + 1) % SLOTS)
+            self._prepare((index + 1) % len(self._mapped))
         return mapped
 
     def _prepare(self, index: int) -> None:
@@ -312,15 +196,16 @@ class Snapshots:
 
     def _fits(self) -> bool:
         """Whether all slots fit into this machine's memory."""
-        size = SLOTS * self._layout.size
-        have = sum(os.stat(self._slots.in_memory(index)).st_size for index in range(SLOTS))
+        slots = [*self._slots.own, *self._slots.replicas]
+        size = len(slots) * self._layout.size
+        have = sum(os.stat(self._slots.in_memory(index)).st_size for index in slots)
         free = available_bytes() - _SPARE_BYTES
         if max(0, size - have) * self._local_world_size <= free:
             return True
         self._say(
-            f"two snapshots take {size / 2**20:,.0f} MiB of memory for each of {self._local_world_size} ranks here, "
-            f"but there are only {max(0, free) / 2**20:,.0f} MiB in all: checkpoints go through files in {self._spill} "
-            "instead, and a process that dies costs the steps since the last checkpoint"
+            f"{len(slots)} snapshots take {size / 2**20:,.0f} MiB of memory for each of {self._local_world_size} ranks "
+            f"here, but there are only {max(0, free) / 2**20:,.0f} MiB in all: checkpoints go through files in "
+            f"{self._spill} instead, and a process that dies costs the steps since the last checkpoint"
         )
         return False
 

@@ -22,13 +22,14 @@ class Farewell:
     """One supervisor's.
 
     :param run: tells the run from others that use the same torchrun.
+    :ivar final: nobody is to start the run again.
     """
 
     def __init__(self, placement: Placement, run: str) -> None:
         self._placement = placement
         self._run = run
         self._agent = os.getppid()
-        self._final = False
+        self.final = False
 
     def again(self) -> None:
         """At the start: leave at once if torchrun has started a run again that had ended for good.
@@ -41,10 +42,10 @@ class Farewell:
 
     def remember(self, outcome: Outcome, group: Group) -> None:
         """Before what takes its time: leave word of the end for the processes that torchrun may start again."""
-        self._final = outcome.kind == "stopped" or (outcome.kind == "ended" and group.asked_to_end()[1])
-        if self._final:
+        self.final = outcome.kind == "stopped" or (outcome.kind == "ended" and group.asked_to_end()[1])
+        if self.final:
             group.remember_end(self._run, outcome)
-        if self._final or outcome.kind == "done":
+        if self.final or outcome.kind == "done":
             group.forget_failures(self._run)
 
     def leave(self, outcome: Outcome, committed: int) -> NoReturn:
@@ -56,7 +57,7 @@ class Farewell:
         if outcome.kind == "ended" and self._placement.rank == 0:
             why = f"{signal.Signals(outcome.signal).name}{f' ({outcome.cause})' if outcome.cause else ''}"
             say(f"stopped by {why}: the newest checkpoint is that of step {committed}")
-        self._leave(outcome, "stopped: ", final=self._final)
+        self._leave(outcome, "stopped: ", final=self.final)
 
     def _leave(self, outcome: Outcome, before: str, *, final: bool) -> NoReturn:
         place = self._placement

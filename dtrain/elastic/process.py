@@ -7,6 +7,7 @@ as long as the parent has no other Python thread and no CUDA context, and every 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +15,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 
@@ -63,13 +65,14 @@ class Child:
         return self._code
 
 
-def fork(work: Callable[[], int], name: str = "", *, apart: bool = False) -> Child:
+def fork(work: Callable[[], int], name: str = "", *, apart: bool = False, outlives: bool = False) -> Child:
     """Run `work` in a fork of this process, which ends with the exit code that it returns.
 
     :param name: what the process is called by `top` and `ps -o comm`, at most 15 letters.
     :param apart: in a process group of its own, which doesn't get the signals that are sent to that of its parent.
+    :param outlives: in a session of its own, and not killed when its parent dies, as others are.
 
-    The child is killed when its parent dies, and doesn't react to Ctrl-C: the parent decides what that means.
+    The child doesn't react to Ctrl-C: the parent decides what that means.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -78,18 +81,38 @@ def fork(work: Callable[[], int], name: str = "", *, apart: bool = False) -> Chi
         # Python 3.12 and later warn of any thread. `check_can_fork` has looked at those of Python; what is left are
         # the pools of the BLAS libraries, which prepare themselves for a fork.
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Until the child has handlers of its own, a signal would run the parent's in it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-        pid = os.fork()
-    if pid:
+        with held() as mask:
+            pid = os.fork()
+            if pid == 0:
+                return _child(work, name, parent, mask, apart=apart, outlives=outlives)
+    return Child(pid)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[set[int]]:
+    """Have the signals that ask for the end wait, for this process and those that it starts: until a new process has
+    handlers of its own, they would run its parent's in it, or kill it.
+
+    :returns: the signals that were held before.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield mask
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return Child(pid)
+
+
+def _child(work: Callable[[], int], name: str, parent: int, mask: set[int], *, apart: bool, outlives: bool) -> NoReturn:
+    """The rest of a new process's life. :param mask: see `held`."""
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask - _HELD)
-        die_with(parent)
+        if outlives:
+            os.setsid()
+        else:
+            die_with(parent)
         if apart:
             os.setpgid(0, 0)
         if name:

@@ -3,6 +3,7 @@
     supervisor ─┬─ trainer   the user's main
                 ├─ watcher   blocks on the store until some rank's supervisor has settled the generation
                 ├─ heart     one on each of several nodes: beats, and watches the next node's beat
+                ├─ keeper    keeps the snapshots in memory for the next supervisor, when torchrun starts all anew
                 └─ saver     writes snapshots to storage; lives as long as the supervisor
 
 It starts no thread, uses no GPU and takes part in no collective, so it can fork at any time. When its trainer dies, or
@@ -35,12 +36,13 @@ from types import FrameType
 
 from dtrain.checkpoint.channel import Client, Remote, send, serve
 from dtrain.checkpoint.saver import Saver
-from dtrain.checkpoint.snapshot import Slots
+from dtrain.checkpoint.slots import Slots
 from dtrain.config import Config
 from dtrain.elastic import watchdog
 from dtrain.elastic.failure import Failure, described
 from dtrain.elastic.farewell import Farewell
 from dtrain.elastic.generation import Group, Outcome
+from dtrain.elastic.keeper import Keeper
 from dtrain.elastic.page import STOPPED, Page
 from dtrain.elastic.placement import Placement
 from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork, ignore_ending
@@ -96,8 +98,6 @@ class Supervisor:
         self._work = work
         self._events = Events(config.local_dir)
         self._page = Page.shared()
-        self._slots = Slots()
-        self._judge = Judge(config, self._page, self._slots.board)
         self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._saver: Child | None = None
         self._heart: Child | None = None
@@ -120,6 +120,10 @@ class Supervisor:
         self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
         farewell = Farewell(self._placement, self._run)
         farewell.again()
+        replicate = self._config.replicate_snapshots > 0 and self._placement.nodes > 1
+        keeper = Keeper(self._placement, self._run, replicate=replicate)
+        self._slots = keeper.slots
+        self._judge = Judge(self._config, self._page, self._slots.board)
         self._group = Group(self._placement, self._config.timeout_s)
         self._signals = Signals((signal.SIGINT, *ENDING))
         self._saver = self._fork_saver()
@@ -142,6 +146,8 @@ class Supervisor:
             self._end_saver()
         if self._heart is not None:
             self._heart.kill()
+        if farewell.final or outcome.kind == "done":
+            keeper.end()
         if outcome.kind != "done":
             farewell.leave(outcome, self._slots.board.committed)
         self._signals.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtrain.checkpoint.snapshot import Board
+from dtrain.checkpoint.slots import Board
 from dtrain.config import Config
 from dtrain.elastic.failure import Failure
 from dtrain.elastic.generation import Outcome

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from dtrain.elastic.process import die_with, ignore_ending
+from dtrain.elastic.process import ENDING, die_with, held, ignore_ending
 
 if TYPE_CHECKING:
     from dtrain.training.data import MapData, Places
@@ -42,7 +42,8 @@ class Loader:
             multiprocessing_context="fork",  # there at once, with the data set in the memory that it inherits
             generator=torch.Generator(),  # a number is drawn from it, and the run's own are not to notice
         )
-        self._batches: Iterator[Any] = iter(loader)
+        with held():
+            self._batches: Iterator[Any] = iter(loader)
 
     def is_at(self, step: int, micro_batches: range) -> bool:
         """Whether these come next."""
@@ -77,4 +78,5 @@ def _begin(parent: int, worker: int) -> None:
     # step that it is in. When the trainer is killed, the kernel kills its workers.
     ignore_ending()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *ENDING})
     die_with(parent)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import default_collate
 
 from dtrain.checkpoint.manager import Manager
+from dtrain.checkpoint.replicas import Replicas
 from dtrain.checkpoint.schedule import Action, Schedule
 from dtrain.checkpoint.snapshot import Snapshots
 from dtrain.checkpoint.state import State, bare
@@ -89,14 +90,19 @@ class Run:
         self._stragglers = Stragglers([len(block(config.micro_batches, rank, ranks)) for rank in range(ranks)])
         open_folders(config, self._storages)
         self._events = Events(config.local_dir)
+        local_world_size = life.group.placement.local_world_size
+        self._replicas = Replicas(life.slots, local_world_size, self._warn_once_a_node) if life.slots.replicas else None
+        if config.replicate_snapshots and self._replicas is None and self.is_first:
+            self._events.warn("replicate_snapshots=1: there is no other node now that snapshots could be sent to")
         snapshots = Snapshots(
             life.slots,
             rank=self.rank,
             world_size=self.world_size,
-            local_world_size=life.group.placement.local_world_size,
+            local_world_size=local_world_size,
             generation=life.generation,
             spill=config.local_dir,
-            say=self._events.warn if self.local_rank == 0 else lambda _: None,
+            say=self._warn_once_a_node,
+            replicas=self._replicas,
         )
         self._manager = Manager(self._storages, life.client, life.slots, snapshots, self._events)
         set_generators(config.seed, "start")
@@ -338,6 +344,8 @@ class Run:
                 )
                 self._schedule.skipped = 0
         self._sources.close()
+        if self._replicas is not None:
+            self._replicas.close()
         self._page.at = 0
         self._page.mark(Phase.MAIN)
         if self._progress is not None:
@@ -375,6 +383,10 @@ class Run:
         assert self._step is not None
         due = self._schedule.due(self._step.number, busy=self._manager.busy) if self.is_first else Action.NOTHING
         return self._stop, self._page.stop > 0, due
+
+    def _warn_once_a_node(self, message: str) -> None:
+        if self.local_rank == 0:
+            self._events.warn(message)
 
     def _same_buffers(self) -> None:
         models = [bare(model.module) for model in self._parallel.models]
