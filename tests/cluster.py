@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dtrain.cli.nodes import Nodes
 from tests.evidence import assert_nothing_left, of_run
@@ -89,15 +90,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, *, least: int, most: int, count: int = 3, steps: int = STEPS) -> Iterator[Cluster]:
-    options = Options(
-        run=str(folder / "run"),
-        evidence=str(folder / "evidence"),
-        steps=steps,
-        save_every=5,
-        step_s=0.15,
-        reduction="exact",
-    )
+def cluster(
+    folder: Path, *, least: int, most: int, count: int = 3, steps: int = STEPS, **more: Any
+) -> Iterator[Cluster]:
+    """:param more: see `Options`."""
+    run, seen = str(folder / "run"), str(folder / "evidence")
+    options = Options(run=run, evidence=seen, steps=steps, step_s=0.15, reduction="exact", **more)
     with Nodes(count) as nodes:
         job = Cluster(nodes, options, least, most)
         try:

@@ -34,6 +34,16 @@ def test_a_run_that_fails_too_often_stops_though_it_comes_further_each_time(tmp_
     assert commits(tmp_path)[-1] == 8, "nothing of it is lost"
 
 
+def test_the_snapshots_in_memory_outlive_a_supervisor(tmp_path: Path) -> None:
+    """torchrun ends all supervisors when one has died."""
+    args = ("--steps", 12, "--save-every", 1000, "--snapshot-every", 1, "--kill-supervisor-at", 3, "--step-s", 0.05)
+    found = run(tmp_path, *args, ranks=2, torchrun=("--max-restarts=1",), fresh=True)
+    assert found.code == 0, found.err
+    (restored,) = events(tmp_path, "restored")
+    assert (restored["step"], restored["place"]) == (2, "memory"), "only the step that it was in is done again"
+    assert commits(tmp_path) == [12]
+
+
 def test_the_limit_holds_over_restarts_by_torchrun(tmp_path: Path) -> None:
     args = ("--steps", 100, "--snapshot-every", 1, "--lives-steps", 2, "--kill-supervisor-at", 4)
     found = run(tmp_path, *args, "--option", "max_failures_per_hour", 3, ranks=2, torchrun=("--max-restarts=5",))

@@ -6,33 +6,33 @@ More of them, in other orders: `python -m tests.faults_nodes`.
 from __future__ import annotations
 
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from tests.cluster import STEPS, assert_ended_as, cluster, disturb, undisturbed_in
 
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return undisturbed_in(tmp_path_factory.mktemp("undisturbed"), STEPS)
+FEW = 50
 
 
-def test_nodes_that_die_or_are_cut_off_are_left_behind_and_taken_in_again(
-    tmp_path: Path, undisturbed: dict[str, str]
-) -> None:
+def test_nodes_that_die_or_are_cut_off_are_left_behind_and_taken_in_again(tmp_path: Path) -> None:
     """The first node dies and comes back; then another is cut off, with its processes alive, and is healed."""
     with cluster(tmp_path, least=2, most=3) as job:
         disturb(job, "kill", 0)
         if job.nodes.apart:
             disturb(job, "cut", 2)
         assert "has not been heard of for 3 s: torchrun is to form the group anew" in job.said()
-        assert_ended_as(job, undisturbed)
+        assert_ended_as(job, undisturbed_in(tmp_path / "undisturbed", STEPS))
 
 
-def test_a_spare_steps_in_for_a_node_that_dies(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    with cluster(tmp_path, least=2, most=2) as job:
+def test_a_spare_steps_in_for_a_node_that_dies_and_has_its_snapshots_from_another(tmp_path: Path) -> None:
+    """Nothing was ever saved: what the first node's rank had of the state lies in the other one's memory."""
+    memory: dict[str, Any] = {"save_every": 1000, "snapshot_every": 1, "replicate_snapshots": 1}
+    with cluster(tmp_path, least=2, most=2, steps=FEW, parallel="fsdp", **memory) as job:
         before = set(job.hosts().values())
+        killed_at = job.step()
         job.nodes.kill(job.node_of(0))
         job.until_it_trains_on(2)
         assert len(set(job.hosts().values()) - before) == 1 or not job.nodes.apart
-        assert_ended_as(job, undisturbed)
+        (restored,) = job.events("restored")
+        assert restored["place"] == "memory"
+        assert int(str(restored["step"])) >= killed_at - 1, "at most the step that it was in"
+        assert_ended_as(job, undisturbed_in(tmp_path / "undisturbed", FEW))

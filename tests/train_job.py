@@ -42,6 +42,8 @@ class Options:
     """The folder for what the job writes about itself."""
     steps: int
     save_every: int = 5
+    snapshot_every: int | str = "auto"
+    replicate_snapshots: int = 0
     step_s: float = 0.02
     """Sleep in each step, so that there is time to kill something in it."""
     raise_at: int = 0
@@ -156,6 +158,8 @@ def main() -> None:
             micro_batch=MICRO_BATCH,
             seed=7,
             save_every=options.save_every,
+            snapshot_every=options.snapshot_every,
+            replicate_snapshots=options.replicate_snapshots,
             timeout_s=60,
             max_failures_per_hour=10_000,
             local_dir=options.local,
