@@ -27,19 +27,20 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv  ## train a small model, kill its workers, watch it carry on
 	$(BIN)/dtrain demo $(ARGS)
 
-# Two at a time, as most of them wait for other processes.
+# Three at a time, on two cores as well: many of them wait for other processes most of the time.
 test: venv  ## run the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 lint: venv  ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run launch/*.sh
+	$(BIN)/shellcheck .ci/run launch/*.sh launch/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile
 
 faults: venv  ## run the long campaigns: kills, nodes, faults of storage, leftovers (40 minutes)
 	$(BIN)/python -m tests.campaign $(ARGS)
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m tests.leftovers_s3
 	$(BIN)/python -m tests.faults_nodes
 	$(BIN)/python -m tests.faults_s3

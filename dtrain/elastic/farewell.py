@@ -23,6 +23,7 @@ class Farewell:
 
     :param run: tells the run from others that use the same torchrun.
     :ivar final: nobody is to start the run again.
+    :ivar agent_ends: torchrun's agent has said that it ends.
     """
 
     def __init__(self, placement: Placement, run: str) -> None:
@@ -30,6 +31,7 @@ class Farewell:
         self._run = run
         self._agent = os.getppid()
         self.final = False
+        self.agent_ends = False
 
     def again(self) -> None:
         """At the start: leave at once if torchrun has started a run again that had ended for good.
@@ -79,7 +81,7 @@ class Farewell:
                 say(f"{before}{signal.Signals(outcome.signal).name}")
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
         again = place.store is not None and place.restarts < place.most_restarts
-        if final and again and place.local_rank == 0 and os.getppid() == self._agent:
+        if final and again and place.local_rank == 0 and os.getppid() == self._agent and not self.agent_ends:
             # torchrun would start all processes again, and there is no exit code that tells it not to.
             os.kill(self._agent, signal.SIGTERM)
         sys.exit(code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -39,6 +40,11 @@ class Outcome:
     the group anew without a node that is gone."""
     rank: int = -1
     """The rank that failed first."""
+    node: int = -1
+    """The one that was lost, and
+    """
+    host: str = ""
+    """what it's called."""
     cause: str = ""
     """One line."""
     trace: str = ""
@@ -197,15 +203,17 @@ class Group:
         last, silent = b"", 0
         with contextlib.suppress(dist.DistError):  # the store is gone, which `watch` says as well
             board = dist.PrefixStore(self._prefix, self._connect())
+            board.set(f"host/{place.node}", socket.gethostname())
             while True:
                 board.set(f"beat/{place.node}", uuid.uuid4().hex)
                 time.sleep(_BEAT_S)
                 beat = board.get(f"beat/{next_node}") if last or board.check([f"beat/{next_node}"]) else b""
                 last, silent = beat, silent + 1 if beat == last else 0
                 if silent >= _LOST_AFTER:
-                    cause = f"node {next_node} of {place.nodes} has not been heard of for {silent} s"
-                    lost = Outcome(kind="lost", cause=cause).to_json()
-                    board.compare_set(f"{page.generation}/outcome", "", lost)
+                    host = board.get(f"host/{next_node}").decode() if last else "never there"
+                    cause = f"node {next_node} of {place.nodes} ({host}) has not been heard of for {silent} s"
+                    lost = Outcome(kind="lost", cause=cause, node=next_node, host=host)
+                    board.compare_set(f"{page.generation}/outcome", "", lost.to_json())
         return 0
 
     def trainers_store(self, generation: int) -> dist.Store:

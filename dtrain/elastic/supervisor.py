@@ -118,7 +118,7 @@ class Supervisor:
         if self._placement.store is not None:
             die_with(os.getppid())
         self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
-        farewell = Farewell(self._placement, self._run)
+        farewell = self._farewell = Farewell(self._placement, self._run)
         farewell.again()
         replicate = self._config.replicate_snapshots > 0 and self._placement.nodes > 1
         keeper = Keeper(self._placement, self._run, replicate=replicate)
@@ -140,8 +140,9 @@ class Supervisor:
             send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
         if outcome.kind == "lost":
             self._saver.kill()  # it may be waiting for the part of a saver that is gone
-            if self._placement.local_rank == 0:
-                self._events.emit("lost", cause=outcome.cause)
+            place = self._placement
+            if place.local_rank == 0 and (place.node + 1) % place.nodes == outcome.node:  # once
+                self._events.emit("lost", cause=outcome.cause, host=outcome.host)
         else:
             self._end_saver()
         if self._heart is not None:
@@ -323,6 +324,7 @@ class Supervisor:
             trainer.kill()
             os._exit(128 + signal.SIGINT)
         agents = self._placement.store is not None and sender == os.getppid()
+        self._farewell.agent_ends |= agents
         self._ask_to_end(number, final=not agents)
         if agents:  # it doesn't wait for long, for whatever signal
             self._deadline = min(self._deadline, time.monotonic() + _FOR_THE_STEP * self._config.grace_s)
@@ -383,6 +385,7 @@ class Supervisor:
             found = self._signals.read()
             if found is None or (found[0] == signal.SIGINT and self._asked == signal.SIGINT):
                 break
+            self._farewell.agent_ends |= found[1] == os.getppid()
             until = min(until, time.monotonic() + _FOR_THE_SAVER * self._config.grace_s)
         self._saver.kill()
 
