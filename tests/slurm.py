@@ -103,7 +103,7 @@ class Slurm:
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[Slurm]:
-    """A cluster of one node with two processors, and two partitions: jobs of `high` take the place of those of `low`."""
+    """A cluster of one node with two processors, and two partitions: jobs of `high` take the place of others."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
     ports = _free_ports(2)
