@@ -210,8 +210,9 @@ class Group:
                 beat = board.get(f"beat/{next_node}") if last or board.check([f"beat/{next_node}"]) else b""
                 last, silent = beat, silent + 1 if beat == last else 0
                 if silent >= _LOST_AFTER:
-                    host = board.get(f"host/{next_node}").decode() if last else "never there"
-                    cause = f"node {next_node} of {place.nodes} ({host}) has not been heard of for {silent} s"
+                    host = board.get(f"host/{next_node}").decode() if last else ""
+                    name = f"node {next_node} of {place.nodes}{f' ({host})' if host else ''}"
+                    cause = f"{name} has not been heard of for {silent} s"
                     lost = Outcome(kind="lost", cause=cause, node=next_node, host=host)
                     board.compare_set(f"{page.generation}/outcome", "", lost.to_json())
         return 0

@@ -27,25 +27,24 @@ import math
 import os
 import select
 import signal
-import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-from dtrain.checkpoint.channel import Client, Remote, send, serve
-from dtrain.checkpoint.saver import Saver
+from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.slots import Slots
 from dtrain.config import Config
 from dtrain.elastic import watchdog
-from dtrain.elastic.failure import Failure, described
+from dtrain.elastic.failure import Failure
 from dtrain.elastic.farewell import Farewell
 from dtrain.elastic.generation import Group, Outcome
+from dtrain.elastic.helpers import Heart, SaverProcess, Watcher
 from dtrain.elastic.keeper import Keeper
 from dtrain.elastic.page import STOPPED, Page
 from dtrain.elastic.placement import Placement
-from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork, ignore_ending
+from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork
 from dtrain.elastic.signals import Signals
 from dtrain.elastic.verdict import Judge
 from dtrain.elastic.watchdog import TICK_S, Report, Watchdog
@@ -53,16 +52,9 @@ from dtrain.observe.events import Events, say
 
 _VICTIM_WAIT_S = 0.25
 """A failed collective is most often another rank's death: that rank gets so long to say so itself."""
-_LAST_SAVE_WAIT_S = 2.0
-"""When a run ends in the middle of a step, the newest snapshot is saved, if all ranks' savers come to it within so
-long. Not all do where torchrun ends the processes because one of them has died."""
 _FOR_THE_STEP = 0.7
 _FOR_THE_SAVER = 0.25
 """The parts of the grace time that a step has to be finished and saved in, and after that the newest snapshot."""
-_SAVERS_NICENESS = 15
-"""The training goes first."""
-_MOST_DEATHS = 5
-"""Of savers, within a minute."""
 _SUSPICION_S = 2.5
 """Whether all are silent is looked at again after so long: a rank may have come to its end since it said so."""
 _MOST_NAMED = 4
@@ -98,10 +90,6 @@ class Supervisor:
         self._work = work
         self._events = Events(config.local_dir)
         self._page = Page.shared()
-        self._trainers_end, self._savers_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._saver: Child | None = None
-        self._heart: Child | None = None
-        self._savers_deaths: list[float] = []
         self._asked: signal.Signals | None = None
         """To end, by this signal."""
         self._deadline = math.inf
@@ -126,8 +114,8 @@ class Supervisor:
         self._judge = Judge(self._config, self._page, self._slots.board)
         self._group = Group(self._placement, self._config.timeout_s)
         self._signals = Signals((signal.SIGINT, *ENDING))
-        self._saver = self._fork_saver()
-        self._heart = self._fork_heart()
+        self._saver = SaverProcess(self._config, self._group, self._slots, self._events, self._fork)
+        self._heart = Heart(self._fork, self._group, self._page)
         generation = 0
         while True:
             outcome = self._live_through(generation)
@@ -137,7 +125,7 @@ class Supervisor:
             generation += 1
         farewell.remember(outcome, self._group)
         if outcome.kind in ("stopped", "ended") and not outcome.saved:
-            send(self._trainers_end, do="last", timeout_s=_LAST_SAVE_WAIT_S)
+            self._saver.save_last()
         if outcome.kind == "lost":
             self._saver.kill()  # it may be waiting for the part of a saver that is gone
             place = self._placement
@@ -145,8 +133,7 @@ class Supervisor:
                 self._events.emit("lost", cause=outcome.cause, host=outcome.host)
         else:
             self._end_saver()
-        if self._heart is not None:
-            self._heart.kill()
+        self._heart.kill()
         if farewell.final or outcome.kind == "done":
             keeper.end()
         if outcome.kind != "done":
@@ -159,13 +146,13 @@ class Supervisor:
         if self._group.asked_to_end()[0]:  # while the generation before failed
             self._page.stop = 1
         said, saying = os.pipe()
-        client = Remote(self._trainers_end, self._slots.board, generation)
+        client = self._saver.client(generation)
         life = Life(self._group, generation, self._page, self._slots, client, self._judge.skipped)
         config = self._config
         dog = Watchdog(self._page, self._placement.rank, config.hang_after_s, patient=config.compile)
         trainer = self._fork(lambda: self._train(life, dog, saying), "dtrain-trainer")
         os.close(saying)
-        watcher = _Watcher(self._fork, self._group, generation)
+        watcher = Watcher(self._fork, self._group, generation)
         try:
             return self._wait(generation, trainer, watcher, dog, said)
         finally:
@@ -173,8 +160,7 @@ class Supervisor:
             trainer.kill()
             watcher.end()
             dog.close()
-            # Whatever this trainer has asked for lies before this in the saver's queue, and nothing of it behind.
-            send(self._trainers_end, do="over", generation=generation, rank=self._placement.rank)
+            self._saver.over(generation)
 
     def _fork(self, work: Callable[[], int], name: str) -> Child:
         # torchrun's agent sends its signals to the whole process group, and it's the supervisor that knows what to do.
@@ -199,7 +185,7 @@ class Supervisor:
             return 1
         return 0
 
-    def _wait(self, generation: int, trainer: Child, watcher: _Watcher, dog: Watchdog, said: int) -> Outcome:
+    def _wait(self, generation: int, trainer: Child, watcher: Watcher, dog: Watchdog, said: int) -> Outcome:
         """Block until the generation is settled, by us or by another rank's supervisor."""
         group, failure, silent = self._group, None, False
         patience = suspicion = math.inf
@@ -208,10 +194,7 @@ class Supervisor:
         for descriptor in (trainer.pidfd, said, self._signals.descriptor):
             poll.register(descriptor, select.POLLIN)
         while True:
-            assert self._saver is not None
-            others = [self._saver.pidfd, *watcher.descriptors()]
-            if self._heart is not None:
-                others.append(self._heart.pidfd)
+            others = [self._saver.pidfd, *watcher.descriptors(), *self._heart.descriptors()]
             for descriptor in others:
                 poll.register(descriptor, select.POLLIN)
             now = time.monotonic()
@@ -221,11 +204,9 @@ class Supervisor:
                 poll.unregister(descriptor)
             if self._signals.descriptor in ready:
                 self._on_signal(trainer)
-            if self._heart is not None and self._heart.pidfd in ready:
-                self._heart.wait()
-                self._heart = self._fork_heart()
+            self._heart.look(ready)
             if self._saver.pidfd in ready:
-                self._replace_saver()
+                self._saver.replace()
             elif watcher.has_ended(ready):
                 return group.outcome(generation)
             elif said in ready:
@@ -350,35 +331,9 @@ class Supervisor:
         if first:
             say(f"{why or number.name}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
 
-    def _fork_saver(self) -> Child:
-        place = self._placement
-
-        def work() -> int:
-            ignore_ending()
-            os.nice(_SAVERS_NICENESS)
-            saver = Saver.of(self._config, self._group.savers_store, place.rank, place.world_size, self._slots)
-            serve(self._savers_end, saver, self._slots.board)
-            return 0
-
-        return self._fork(work, "dtrain-saver")
-
-    def _replace_saver(self) -> None:
-        """Put another one in the place of a saver that has died.
-
-        :raises RuntimeError: they die one after the other.
-        """
-        assert self._saver is not None
-        cause = described(self._saver.wait())
-        self._savers_deaths = [*self._savers_deaths[-_MOST_DEATHS:], time.monotonic()]
-        if len(self._savers_deaths) > _MOST_DEATHS and self._savers_deaths[-1] - self._savers_deaths[0] < 60:
-            raise RuntimeError(f"the saver of rank {self._placement.rank} dies again and again ({cause})")
-        self._events.warn(f"the saver of rank {self._placement.rank} was {cause}; it is replaced")
-        self._saver = self._fork_saver()
-
     def _end_saver(self) -> None:
         """Let the saver finish what it is at, and end."""
-        assert self._saver is not None
-        send(self._trainers_end, do="end")
+        self._saver.end()
         # A save may wait for the part of a saver that is gone, and whoever has sent a signal doesn't wait for long.
         until = min(time.monotonic() + self._config.timeout_s, self._deadline + _FOR_THE_SAVER * self._config.grace_s)
         while not self._signals.wait(self._saver.pidfd, max(0.0, until - time.monotonic())):
@@ -388,48 +343,3 @@ class Supervisor:
             self._farewell.agent_ends |= found[1] == os.getppid()
             until = min(until, time.monotonic() + _FOR_THE_SAVER * self._config.grace_s)
         self._saver.kill()
-
-    def _fork_heart(self) -> Child | None:
-        """Who beats for this node, where there are others."""
-        place = self._placement
-        if place.nodes == 1 or place.local_rank:
-            return None
-
-        def work() -> int:
-            ignore_ending()
-            return self._group.beat(self._page)
-
-        return self._fork(work, "dtrain-heart")
-
-
-class _Watcher:
-    """Who waits for the end of a generation on other ranks; another one comes in the place of one that dies."""
-
-    def __init__(self, fork: Callable[[Callable[[], int], str], Child], group: Group, generation: int) -> None:
-        self._fork = fork
-        self._group = group
-        self._generation = generation
-        self._child: Child | None = None
-
-    def descriptors(self) -> list[int]:
-        """To be polled; there is none where nobody else is."""
-        if self._child is None and self._group.placement.world_size > 1:
-            self._child = self._fork(self._work, "dtrain-watcher")
-        return [] if self._child is None else [self._child.pidfd]
-
-    def _work(self) -> int:
-        ignore_ending()
-        return self._group.watch(self._generation)
-
-    def has_ended(self, ready: Collection[int]) -> bool:
-        """Whether the generation is settled. :raises ConnectionError: torchrun's store is gone."""
-        if self._child is None or self._child.pidfd not in ready:
-            return False
-        code, self._child = self._child.wait(), None
-        if code > 0:
-            raise ConnectionError("torchrun's store is gone")
-        return code == 0  # else somebody has killed it: another one will be told the same
-
-    def end(self) -> None:
-        if self._child is not None:
-            self._child.kill()
