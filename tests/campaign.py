@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests import evidence, kills
 from tests.evidence import Evidence
-from tests.jobs import Job, start
+from tests.jobs import PATIENCE_S, Job, start
 from tests.train_job import Options
 
 _STEPS_A_KILL = 14
@@ -63,7 +63,7 @@ def run_once(options: Options, ranks: int, dice: random.Random, count: int) -> l
                     if ends:
                         break
                 else:
-                    code = job.wait()
+                    code = job.wait(PATIENCE_S + 0.1 * options.steps)
                     assert code == 0, f"the job ended with {code}\n{job.tail()}"
                     return done
     except AssertionError as error:
@@ -83,13 +83,13 @@ def main() -> int:
     undisturbed: dict[int, Evidence] = {}
     failed = 0
 
-    def options_for(name: str) -> Options:
+    def options_for(name: str, step_s: float = 0.02) -> Options:
         folder = root / name
         steps = _STEPS_A_KILL * (chosen.kills + 1)
-        return Options(run=str(folder / "run"), evidence=str(folder / "evidence"), steps=steps)
+        return Options(run=str(folder / "run"), evidence=str(folder / "evidence"), steps=steps, step_s=step_s)
 
     for ranks in worlds:
-        options = options_for(f"undisturbed-{ranks}")
+        options = options_for(f"undisturbed-{ranks}", 0.0)
         run_once(options, ranks, random.Random(0), 0)
         undisturbed[ranks] = evidence.of_run(options)
     for seed in seeds:
