@@ -1,6 +1,7 @@
 """From a fault to the end of the first new step: dtrain beside the same job written by hand on torchrun and DCP.
 
-Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps. While a job trains, something
+Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps; dtrain also takes a snapshot in
+memory at each, and on nodes sends it to another one. While a job trains, something
 is done to it; measured is the time from then to the end of the first step that is new. A part of it is the steps that
 have to be done again, which is a matter of how often a job saves; `itself` is without them (the first new step
 included). Where processes die, there are two of them under one torchrun; where nodes do, there are three of one process
@@ -83,6 +84,7 @@ class Job:
     command: tuple[str, ...]
     steps_file: str
     own_store = "0"
+    on_nodes: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, nodes: Nodes | None, least: int = 2, most: int = 3) -> None:
         self.folder = folder
@@ -94,7 +96,7 @@ class Job:
     def begin(self, *nodes: int) -> None:
         arguments = [*self.command, "--dir", str(self.folder), "--steps", "100000", "--save-every", str(SAVE_EVERY)]
         if self.nodes is not None:
-            arguments += BATCH
+            arguments += (*BATCH, *self.on_nodes)
             for node in nodes or range(self.nodes.count):
                 self.nodes.start(node, agent(self.nodes, node, arguments, **self._limits), {}, self._output)
             return
@@ -135,6 +137,7 @@ class Job:
 class Dtrain(Job):
     command = ("-m", "dtrain.examples.gpt", "--snapshot-every", "1", "--hang-after-s", str(HANG_AFTER_S))
     steps_file = METRICS
+    on_nodes = ("--replicate-snapshots", "1")
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         return [line for line in read_lines(self.folder / EVENTS) if line["event"] in kinds]

@@ -139,6 +139,9 @@ class Options:
     snapshot_every: int | str = "auto"
     """From one snapshot in memory to the next: a number of steps, or a time."""
 
+    replicate_snapshots: int = 0
+    """1 sends each of them to another node's memory."""
+
     hang_after_s: float | None = 60.0
     """How long a step may stand still, in seconds."""
 
@@ -235,6 +238,7 @@ def start(options: Options) -> None:
             cpu_offload=o.cpu_offload,
             save_every=o.save_every,
             snapshot_every=o.snapshot_every,
+            replicate_snapshots=o.replicate_snapshots,
             hang_after_s=o.hang_after_s,
             local_save_every=o.local_save_every,
             keep_last=o.keep_last,
