@@ -162,6 +162,7 @@ def main() -> None:
             replicate_snapshots=options.replicate_snapshots,
             timeout_s=60,
             max_failures_per_hour=10_000,
+            max_stalled=20,  # kills by chance come several before a new step
             local_dir=options.local,
             local_save_every=options.local_save_every,
             parallel=options.parallel,
