@@ -1,7 +1,7 @@
 """From a fault to the end of the first new step: dtrain beside the same job written by hand on torchrun and DCP.
 
-Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps; dtrain also takes a snapshot in
-memory at each, and on nodes sends it to another one. While a job trains, something
+Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps; dtrain also takes a snapshot
+in memory at each, and on nodes sends it to another one. While a job trains, something
 is done to it; measured is the time from then to the end of the first step that is new. A part of it is the steps that
 have to be done again, which is a matter of how often a job saves; `itself` is without them (the first new step
 included). Where processes die, there are two of them under one torchrun; where nodes do, there are three of one process
