@@ -148,7 +148,7 @@ class Config:
 
     replicate_snapshots: int = 0
     """1 also sends each snapshot to the memory of another node, beside the training: a node that is lost costs no more
-    steps than a process. It takes five times a rank's share of the state, instead of twice, and so much of the network
+    steps than a process. It takes six times a rank's share of the state, instead of twice, and so much of the network
     for each snapshot; where that takes longer than the distance between two, the training waits for it."""
 
     early_save: Literal["wait", "skip"] = "wait"

@@ -40,14 +40,17 @@ class Kept:
 
 
 class Saver:
-    """One generation that has claimed a run folder, its savers being the ranks themselves. All ranks must make it."""
+    """One generation that has claimed a run folder, its savers being the ranks themselves. All ranks must make it.
 
-    def __init__(self, root: Path, keep_last: int = 3, **objects: Any) -> None:
+    :param slots: that another one has left.
+    """
+
+    def __init__(self, root: Path, keep_last: int = 3, slots: Slots | None = None, **objects: Any) -> None:
         storage, events = LocalStorage(str(root)), Events(str(root))
         storage.prepare()
         rank, world_size = dist.get_rank(), dist.get_world_size()
         config = Config(dir=str(root), global_batch=1, micro_batch=1, keep_last=keep_last, timeout_s=30)
-        self.slots = Slots()
+        self.slots = slots or Slots()
         snapshots = Snapshots(
             self.slots,
             rank=rank,

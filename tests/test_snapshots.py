@@ -119,7 +119,7 @@ def test_another_structure_is_laid_out_anew(tmp_path: Path) -> None:
 def test_where_memory_is_too_small_it_says_so_once_and_saves_over_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "available_bytes", lambda: (256 << 20) + 1000)
+    monkeypatch.setattr(snapshot, "free_bytes", lambda: 1000)
 
     def work(rank: int) -> list[int]:
         saver = Saver(tmp_path, kept=(kept := Kept()))
@@ -174,6 +174,81 @@ def test_a_snapshot_keeps_views_complex_numbers_and_empty_tensors(tmp_path: Path
         return {name: bits(tensor) for name, tensor in kept.value.items()}
 
     assert alone(work) == {name: bits(tensor) for name, tensor in given.items()}
+
+
+def left_by(saver: Saver) -> Slots:
+    """Its slots, as a supervisor gets them that takes the place of its own."""
+    return Slots(files=saver.slots.files)
+
+
+@pytest.mark.parametrize(("before", "after", "step"), [(2, 2, 4), (2, 3, 4), (1, 4, 4), (3, 2, 1)])
+def test_snapshots_of_an_earlier_group_are_restored_if_all_their_parts_are_there(
+    tmp_path: Path, before: int, after: int, step: int
+) -> None:
+    """Of a group that has grown, some ranks have none; where it has shrunk, a part is missing."""
+    slots = [Slots() for _ in range(max(before, after))]
+
+    def first(rank: int) -> None:
+        saver = Saver(tmp_path, kept=(kept := Kept(values(1))), slots=slots[rank])
+        saver.save(1)
+        kept.value = values(4)
+        saver.manager.snapshot(saver.state, 4, {"step": 4})
+
+    def second(rank: int) -> tuple[int, bytes, list[tuple[int, int]]]:
+        saver = Saver(tmp_path, kept=(kept := Kept()), slots=Slots(files=slots[rank].files))
+        restored = saver.restore()
+        assert restored is not None
+        own = [(s.rank, s.world_size) for s in saver.slots.whole() if s.epoch == saver.manager.epoch]
+        return restored.step, bits(kept.value["w"]), own
+
+    in_world(before, first)
+    for rank, found in enumerate(in_world(after, second)):
+        assert found[:2] == (step, bits(values(step)["w"]))
+        assert found[2] == ([(rank, after)] if step == 4 else []), "it has one of its own at once"
+
+
+def test_a_snapshot_of_an_earlier_group_is_saved_where_the_new_one_ends_before_its_first(tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        first = Saver(tmp_path, kept=Kept(values(1)))
+        first.save(1)
+        first.manager.snapshot(first.state, 4, {"step": 4})
+        second = Saver(tmp_path, kept=Kept(), slots=left_by(first))
+        second.saver.last(10)
+        dist.barrier()
+        assert commits(tmp_path) == [1, 4]
+        third = Saver(tmp_path, kept=Kept(values(1)))
+        third.save(3)  # as after a decision to go back
+        fourth = Saver(tmp_path, kept=Kept(), slots=left_by(first))
+        fourth.saver.last(10)
+        dist.barrier()
+        restored = fourth.restore()
+        assert restored is not None
+        return [*commits(tmp_path), restored.step]
+
+    for found in in_world(2, work):
+        assert found == [1, 4, 3, 3], "what is older than the last group's commit doesn't count any more"
+
+
+def test_snapshots_are_good_for_all_after_the_first_ranks_saver_was_replaced(tmp_path: Path) -> None:
+    """It claims the run anew, for the same group."""
+
+    def work(rank: int) -> int:
+        kept = Kept(values(1))
+        saver = Background(tmp_path, kept=kept)
+        saver.save(1)
+        dist.barrier()
+        if rank == 0:
+            saver.replace()
+        saver.save(2)
+        kept.value = values(3)
+        saver.manager.snapshot(saver.state, 3, {"step": 3})
+        saver.manager.claim()  # as the next generation does
+        restored = saver.restore()
+        assert restored is not None
+        assert saver.end() == 0
+        return restored.step
+
+    assert in_world(2, work) == [3, 3]
 
 
 def test_slots_are_empty_at_first_and_differ_from_each_other() -> None:

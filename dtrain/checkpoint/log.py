@@ -105,6 +105,11 @@ class Log:
         """The newest epoch that was claimed; 0 in a new run."""
         return max((entry.epoch for entry in self.entries), default=0)
 
+    def first_epoch(self, epoch: int) -> int:
+        """The first that was claimed by who has claimed this one."""
+        claims = {entry.epoch: entry.nonce for entry in self.entries if entry.kind == "claim"}
+        return min((e for e, nonce in claims.items() if nonce == claims.get(epoch)), default=epoch)
+
     def claim(self, time: float, nonce: str, *, after: int | None = None) -> Entry:
         """Take the run over: from now on, no earlier generation can add to the log.
 

@@ -8,6 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_SPARE_BYTES = 256 << 20
+"""Memory that is left to everybody else."""
+
 
 def available_bytes() -> int:
     """Memory that this process can still have: the machine's, or what its container is left with."""
@@ -21,6 +24,11 @@ def available_bytes() -> int:
             limit = int((folder / "memory.max").read_text())
             free = min(free, limit - used + int(statistics["inactive_file"]))
     return free
+
+
+def free_bytes() -> int:
+    """What of it may be taken."""
+    return available_bytes() - _SPARE_BYTES
 
 
 def machine() -> str:

@@ -69,7 +69,7 @@ class Manager:
 
     def claim(self) -> None:
         """Take the run over from any earlier group of savers."""
-        self.epoch = self._slots.board.epoch = from_rank_0(self._client.claim)
+        self.epoch = self._slots.board.stamp = from_rank_0(self._client.claim)
 
     def restore(self, state: State) -> Restored | None:
         """Load the newest state that all ranks can have; None if there is none yet.
@@ -149,7 +149,7 @@ class Manager:
         }
 
     def _newest_commits(self, logs: list[Log]) -> tuple[list[int], int]:
-        """The step of each place's, and the last epoch that has committed to the run folder."""
+        """The step of each place's, and the first epoch of the group that has committed to the run folder last."""
         for log in logs:
             log.refresh()
         if logs[0].epoch != self.epoch:
@@ -160,7 +160,7 @@ class Manager:
         steps = [
             max((entry.step for entry in log.commits() if log is logs[0] or counts(entry)), default=0) for log in logs
         ]
-        return steps, _newest_epoch(logs[0])
+        return steps, logs[0].first_epoch(_newest_epoch(logs[0]))
 
     def _from_memory(self, state: State, committed: list[int], epoch: int) -> Restored | None:
         """Load the newest snapshot, unless there is a checkpoint of a later step, or of a later group."""

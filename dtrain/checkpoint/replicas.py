@@ -87,8 +87,7 @@ class Replicas:
     def _receive(self) -> None:
         with contextlib.suppress(Exception):  # the other one has died, which the training notices as well
             while True:
-                index = self._slots.oldest(self._slots.replicas)
-                room = _Room(self._slots, index)
+                room = _Room(self._slots)
                 try:
                     about = receive(room, len(_FIELDS), self._from, self._group)
                 except Damaged as error:
@@ -106,15 +105,16 @@ class Replicas:
 class _Room:
     """Makes room in a slot, for what comes."""
 
-    def __init__(self, slots: Slots, index: int) -> None:
-        self._slot = slots.board.slots[index]
-        self._path = slots.in_memory(index)
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
         self.problem: OSError | None = None
 
     def __call__(self, length: int) -> torch.Tensor | None:
+        index = self._slots.oldest(self._slots.replicas)
+        self._slot = self._slots.board.slots[index]
         self._slot.whole = 0
         try:
-            return mapped(self._path, length, make=True)
+            return mapped(self._slots.in_memory(index), length, make=True)
         except OSError as error:
             self.problem = error
             return None

@@ -99,7 +99,7 @@ class Saver:
         started = time.monotonic()
         try:
             if self._rank == 0:
-                outcome = self._lead(name, snapshot, catalog, metrics, started)
+                outcome = self._lead(name, number, snapshot, catalog, metrics, started)
             else:
                 outcome = self._follow(name, snapshot, catalog)
         finally:
@@ -127,7 +127,8 @@ class Saver:
 
         :param timeout_s: how long to wait for the other ranks to be at the same point, in seconds.
         """
-        have = {found.key: found for found in self._slots.whole() if found.epoch == self._board.epoch}
+        us = self._rank, self._agreement.world_size
+        have = {found.key: found for found in self._slots.whole() if (found.rank, found.world_size) == us}
         newest = self._agreement.common(have.keys(), timeout_s)
         if newest is not None and have[newest].step > self._board.committed:
             self.save(have[newest], _LAST, {})
@@ -155,7 +156,7 @@ class Saver:
         self._agreement.call_off(save_name(generation, number), Outcome(why))
 
     def _lead(
-        self, name: str, snapshot: Snapshot, catalog: Catalog, metrics: dict[str, float], started: float
+        self, name: str, number: int, snapshot: Snapshot, catalog: Catalog, metrics: dict[str, float], started: float
     ) -> Outcome:
         """Rank 0's part: its own file, and the commit."""
         attempt = ""
@@ -163,7 +164,8 @@ class Saver:
             if not catalog.epoch:
                 self.claim()
             with self._lock:
-                attempt = self._agreement.attempt(name, catalog.new_attempt(snapshot.step))
+                late = number == _LAST and _is_late(snapshot, catalog)
+                attempt = self._agreement.attempt(name, "" if late else catalog.new_attempt(snapshot.step))
             if not attempt:
                 return self._agreement.conclude(name, Outcome("it was called off"))
             meta = snapshot.meta()
@@ -294,6 +296,12 @@ class Saver:
 def _of_place(outcome: Outcome, place: int) -> Outcome:
     """What a trainer is told. Where a local folder can't be written, it has been said, and the run does without."""
     return Outcome() if place and outcome.kind != Fenced.__name__ else outcome
+
+
+def _is_late(snapshot: Snapshot, catalog: Catalog) -> bool:
+    """Whether there is a commit of its step or a later one, or of a group behind the one that took it."""
+    log = catalog.log
+    return any(entry.step >= snapshot.step or log.first_epoch(entry.epoch) > snapshot.epoch for entry in log.commits())
 
 
 def save_name(generation: int, number: int) -> str:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from dtrain.checkpoint.machine import free_bytes
 from dtrain.errors import Damaged
 
 _PIECE_BYTES = 256 << 20
@@ -68,6 +69,9 @@ def mapped(path: str, length: int, *, make: bool = False) -> torch.Tensor:
     """
     with open(path, "r+b", buffering=0) as file:
         if make:
+            # Where a container is at its limit, to ask for memory is answered by SIGKILL.
+            if length - os.fstat(file.fileno()).st_size > (free := free_bytes()):
+                raise OSError(f"{length / 2**20:,.0f} MiB are needed, and {max(0, free) / 2**20:,.0f} MiB are free")
             os.ftruncate(file.fileno(), length)
             os.posix_fallocate(file.fileno(), 0, length)
         return torch.frombuffer(mmap.mmap(file.fileno(), length), dtype=torch.uint8)

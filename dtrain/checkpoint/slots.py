@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OWN, OWN_TO_SEND, REPLICAS = 2, 3, 2
-"""Slots for a rank's own snapshots: one that is whole, and the next; a third where one is being sent as well. And for
-those of another one."""
+OWN, OWN_TO_SEND, REPLICAS = 2, 4, 2
+"""Slots for a rank's own snapshots: one that is whole, and the next. Where they are sent, the one before these as well,
+until all ranks have sent the newer one, and another one, as a save may hold any of them. And for another rank's."""
 
 
 class _Slot(ctypes.Structure):
@@ -45,7 +45,8 @@ class Board(ctypes.Structure):
     asked_generation: the generation that asked for it
     held: 1 + the slot that is being saved, which nobody may write to; 0 if none
     committed: the step of the last commit
-    epoch: the one that this group claimed; 0 before
+    epoch: the one that this rank's saver has claimed; 0 before. A saver that takes another one's place claims anew
+    stamp: the epoch that the trainers know of, the same on all ranks: what they take bears it
     group: tells it from any other
     place: that the snapshot is being saved to, see `Saver`
     """
@@ -60,6 +61,7 @@ class Board(ctypes.Structure):
         ("held", ctypes.c_int64),
         ("committed", ctypes.c_int64),
         ("epoch", ctypes.c_int64),
+        ("stamp", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("place", ctypes.c_int64),
     )
@@ -72,6 +74,7 @@ class Board(ctypes.Structure):
     held: int
     committed: int
     epoch: int
+    stamp: int
     group: int
     place: int
 
@@ -131,7 +134,16 @@ class Slots:
         self.files = [board, *self._memory]
         self.board = Board.from_buffer(mmap.mmap(board, mmap.PAGESIZE))
         if files:  # what was under way has ended with those who were at it
-            for name in ("saving", "saving_generation", "asked", "asked_generation", "held", "committed", "epoch"):
+            for name in (
+                "saving",
+                "saving_generation",
+                "asked",
+                "asked_generation",
+                "held",
+                "committed",
+                "epoch",
+                "stamp",
+            ):
                 setattr(self.board, name, 0)
         else:
             self.board.own = OWN_TO_SEND if replicate else OWN

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.checkpoint.copying import copy
 from dtrain.checkpoint.format import digest, json_text, tensors_to_json
 from dtrain.checkpoint.layout import Layout
-from dtrain.checkpoint.machine import available_bytes, no_collection
+from dtrain.checkpoint.machine import free_bytes, no_collection
 from dtrain.checkpoint.plan import local_items, local_part
 from dtrain.checkpoint.replicas import Replicas
 from dtrain.checkpoint.slots import Slots, Snapshot
@@ -35,8 +35,6 @@ from dtrain.checkpoint.tree import dtype_name, encode, flatten
 
 _MADV_POPULATE_WRITE = 23
 _libc = ctypes.CDLL(None, use_errno=True)
-_SPARE_BYTES = 256 << 20
-"""Memory that is left to everybody else."""
 
 
 class Snapshots:
@@ -104,7 +102,7 @@ class Snapshots:
         threads = len(os.sched_getaffinity(0)) // self._local_world_size
         copied = copy(mapped.views, sources, [name in steady for name in names], threads)
         self._number += 1
-        slot.epoch, slot.generation, slot.number = self._board.epoch, self._generation, self._number
+        slot.epoch, slot.generation, slot.number = self._board.stamp, self._generation, self._number
         slot.step, slot.rank, slot.world_size, slot.size = step, self._rank, self._world_size, self._layout.size
         mapped.write_meta(self._meta(texts, step))
         snapshot = replace(self._slots.snapshot(index), path=mapped.path)
@@ -156,6 +154,8 @@ class Snapshots:
         self._layout = Layout(local_items(tensors, self._rank, self._world_size))
         shapes = {name: (dtype_name(tensors[name].dtype), tensors[name].shape) for name in sorted(tensors)}
         self._shapes = digest(tensors_to_json(shapes).encode())
+        for mapped in filter(None, self._mapped):
+            mapped.unpin()
         self._mapped = [None for _ in self._slots.own]
         self._in_memory = self._fits()
         self._known = known  # at the end: what was raised before is raised the next time as well
@@ -185,8 +185,11 @@ class Snapshots:
         unused = not self._board.slots[index].whole and self._board.held - 1 != index
         if self._in_memory and unused and self._mapped[index] is None:
             path, layout, mapped = self._slots.in_memory(index), self._layout, self._mapped
+            gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
             def work() -> None:
+                if gpu is not None:  # each thread has a device of its own, and would use that of another rank
+                    torch.cuda.set_device(gpu)
                 prepared = _Mapped(Path(path).open("r+b", buffering=0), path, layout)  # noqa: SIM115
                 prepared.touch()
                 mapped[index] = prepared
@@ -196,10 +199,10 @@ class Snapshots:
 
     def _fits(self) -> bool:
         """Whether all slots fit into this machine's memory."""
-        slots = [*self._slots.own, *self._slots.replicas]
+        slots = [*self._slots.own, *(self._slots.replicas if self._replicas is not None else ())]
         size = len(slots) * self._layout.size
         have = sum(os.stat(self._slots.in_memory(index)).st_size for index in slots)
-        free = available_bytes() - _SPARE_BYTES
+        free = free_bytes()
         if max(0, size - have) * self._local_world_size <= free:
             return True
         self._say(
@@ -221,6 +224,7 @@ class _Mapped:
         self._size = layout.size
         self.path = path
         self.views: list[torch.Tensor] = []
+        self._pinned = False
         if layout.size == 0:
             return
         # All of it now, or an error: a hole that can't be filled later kills the process that writes there.
@@ -232,9 +236,15 @@ class _Mapped:
         memory = torch.frombuffer(mapping, dtype=torch.uint8)
         if torch.cuda.is_initialized():
             # Pinned, so that a GPU can write into it while the CPU goes on. Where that fails, it's only slower.
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), layout.size, 0)
+            self._pinned = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), layout.size, 0)) == 0
         self._start = memory.data_ptr()
         self.views = layout.views(memory)
+
+    def unpin(self) -> None:
+        """Before it is dropped: what is mapped next may lie at the same address."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._start)
+            self._pinned = False
 
     def touch(self) -> None:
         """Have all of the memory there, and in this process's page table."""

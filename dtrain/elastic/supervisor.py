@@ -108,11 +108,11 @@ class Supervisor:
         self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
         farewell = self._farewell = Farewell(self._placement, self._run)
         farewell.again()
-        replicate = self._config.replicate_snapshots > 0 and self._placement.nodes > 1
-        keeper = Keeper(self._placement, self._run, replicate=replicate)
+        self._group = Group(self._placement, self._config.timeout_s)
+        replicate = self._config.replicate_snapshots > 0
+        keeper = Keeper(self._placement, self._run, replicate=replicate, say=self._events.warn)
         self._slots = keeper.slots
         self._judge = Judge(self._config, self._page, self._slots.board)
-        self._group = Group(self._placement, self._config.timeout_s)
         self._signals = Signals((signal.SIGINT, *ENDING))
         self._saver = SaverProcess(self._config, self._group, self._slots, self._events, self._fork)
         self._heart = Heart(self._fork, self._group, self._page)

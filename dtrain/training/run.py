@@ -91,7 +91,8 @@ class Run:
         open_folders(config, self._storages)
         self._events = Events(config.local_dir)
         local_world_size = life.group.placement.local_world_size
-        self._replicas = Replicas(life.slots, local_world_size, self._warn_once_a_node) if life.slots.replicas else None
+        several = life.slots.replicas and life.group.placement.nodes > 1
+        self._replicas = Replicas(life.slots, local_world_size, self._warn_once_a_node) if several else None
         if config.replicate_snapshots and self._replicas is None and self.is_first:
             self._events.warn("replicate_snapshots=1: there is no other node now that snapshots could be sent to")
         snapshots = Snapshots(
@@ -387,6 +388,8 @@ class Run:
     def _warn_once_a_node(self, message: str) -> None:
         if self.local_rank == 0:
             self._events.warn(message)
+        else:
+            self._events.emit("warning", message=f"rank {self.rank}: {message}")
 
     def _same_buffers(self) -> None:
         models = [bare(model.module) for model in self._parallel.models]
