@@ -62,9 +62,7 @@ class Keeper:
                 listener.listen()
                 self._pid = self._start(agent, listener.fileno())
         except OSError as error:
-            say(
-                f"rank {placement.rank}: snapshots in memory will end with this process, as nobody can keep them: {error}"
-            )
+            say(f"rank {placement.rank}: nobody can keep its snapshots in memory for the next process: {error}")
 
     def _start(self, agent: int, listener: int) -> int:
         def work() -> int:
