@@ -23,7 +23,7 @@ from tests.evidence import Evidence
 from tests.jobs import PATIENCE_S, Job, start
 from tests.train_job import Options
 
-_STEPS_A_KILL = 14
+STEPS_A_KILL = 14
 """Steps that a run has for each kill; each waits for a few new ones first."""
 
 Kill = Callable[[Job, random.Random], str]
@@ -85,7 +85,7 @@ def main() -> int:
 
     def options_for(name: str, step_s: float = 0.02) -> Options:
         folder = root / name
-        steps = _STEPS_A_KILL * (chosen.kills + 1)
+        steps = STEPS_A_KILL * (chosen.kills + 1)
         return Options(run=str(folder / "run"), evidence=str(folder / "evidence"), steps=steps, step_s=step_s)
 
     for ranks in worlds:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import evidence, kills
+from tests.campaign import STEPS_A_KILL, run_once
 from tests.conftest import STEPS, Undisturbed
 from tests.evidence import assert_ended_as
 from tests.jobs import read_lines, start
@@ -127,3 +128,18 @@ def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
         assert_ended_as(job, undisturbed, 3)
     trace = read_lines(Path(options.evidence) / "trace-0.jsonl")
     assert min(line["step"] for line in trace if line["pid"] in job.born_here()) == saved + 1
+
+
+def test_thirty_kills_of_whatever_there_is_change_no_bit(tmp_path: Path) -> None:
+    """Two hundred of them: `python -m tests.campaign --seed 1 --ranks 2 --kills 200`."""
+
+    def options(name: str, step_s: float) -> Options:
+        run, seen = str(tmp_path / name / "run"), str(tmp_path / name / "evidence")
+        return Options(run=run, evidence=seen, steps=STEPS_A_KILL * 31, step_s=step_s)
+
+    undisturbed, killed = options("undisturbed", 0.0), options("killed", 0.02)
+    run_once(undisturbed, 2, random.Random(0), 0)
+    done = run_once(killed, 2, random.Random(30), 30)
+    assert len(done) == 30
+    evidence.assert_same(evidence.of_run(killed), evidence.of_run(undisturbed))
+    evidence.assert_nothing_left(killed)
