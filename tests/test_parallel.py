@@ -276,7 +276,7 @@ def test_an_optimizer_that_takes_part_in_every_second_step_sees_that_step_alone(
             nets = [run.parallelize(nn.Linear(7, 1)) for _ in range(2)]
             optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
             data = run.data(samples())
-            run.track(first=nets[0], second=nets[1])
+            run.track(first=nets[0], second=nets[1], one=optimizers[0], other=optimizers[1])
             for step in run.steps(4):
                 for x, _ in step.micro_batches(data):
                     step.backward((nets[0](x) + nets[1](x)).square().sum(), count=len(x))

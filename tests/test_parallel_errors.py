@@ -128,6 +128,35 @@ def test_exact_sums_need_a_gradient_of_every_parameter_in_every_micro_batch(
         assert "reduction='exact' needs one of each in every micro-batch" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("tracked", "message"),
+    [
+        (("model",), "given a SGD that isn't tracked"),
+        (("model", "optimizer"), "given a LambdaLR that isn't tracked"),
+        (("optimizer", "schedule"), "give its module to run.track"),
+        ((), "given a SGD that isn't tracked"),
+    ],
+)
+def test_what_would_begin_anew_after_a_failure_is_refused(
+    tmp_path: Path, tracked: tuple[str, ...], message: str
+) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path) as run:
+            model = run.parallelize(Net())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            data = run.data(samples())
+            objects = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            run.track(**{name: objects[name] for name in tracked})
+            for step in run.steps(2):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).sum(), count=1)
+                step.update(optimizer, schedule)
+
+    (error,) = errors(1, work)
+    assert message in str(error)
+
+
 @pytest.mark.parametrize("what", ["a head of its own", "unfrozen later"])
 def test_what_the_ranks_would_train_apart_is_refused(tmp_path: Path, what: str) -> None:
     def work(rank: int) -> None:
@@ -138,7 +167,7 @@ def test_what_the_ranks_would_train_apart_is_refused(tmp_path: Path, what: str) 
             parameters = [*model.parameters()] + ([*head.parameters()] if what == "a head of its own" else [])
             optimizer = torch.optim.SGD(parameters, lr=0.1)
             data = run.data(samples())
-            run.track(model=model, head=head)
+            run.track(model=model, head=head, optimizer=optimizer)
             for step in run.steps(2):
                 if step.number == 2:
                     bare.requires_grad_(True)

@@ -45,6 +45,8 @@ class Restored:
     """The run's own part of it."""
     committed: bool
     """Whether it's the newest checkpoint's."""
+    newest: int
+    """The step of that one; 0 if there is none."""
 
 
 class Manager:
@@ -83,7 +85,7 @@ class Manager:
         """
         logs = [Log(storage) for storage in self._storages]
         committed, epoch = from_rank_0(functools.partial(self._newest_commits, logs))
-        return self._from_memory(state, committed, epoch) or self._from_storage(state, logs)
+        return self._from_memory(state, committed, epoch) or self._from_storage(state, logs, committed[0])
 
     def snapshot(self, state: State, step: int, position: dict[str, Any]) -> None:
         """Copy the state into memory. No collective operation."""
@@ -186,14 +188,14 @@ class Manager:
             self._events.emit("restored", step=found.step, seconds=seconds, place="memory")
         if found.key[0] != self.epoch:  # another group's, perhaps of other ranks: from here on, this one has its own
             self.snapshot(state, found.step, position)
-        return Restored(found.step, position, found.step == committed[0])
+        return Restored(found.step, position, found.step == committed[0], committed[0])
 
     def _forget(self, step: int, problem: str) -> NoReturn:
         """A part of a snapshot may be in the objects already: only a new trainer can begin without it."""
         self._slots.keep(None)
         raise RuntimeError(f"the snapshot of step {step} in memory can't be read, and is forgotten: {problem}")
 
-    def _from_storage(self, state: State, logs: list[Log]) -> Restored | None:
+    def _from_storage(self, state: State, logs: list[Log], newest: int) -> Restored | None:
         found_by_rank_0 = self._candidates(logs)
         while True:
             found = from_rank_0(lambda: next(found_by_rank_0))
@@ -216,7 +218,7 @@ class Manager:
             if dist.get_rank() == 0:
                 seconds = time.monotonic() - started
                 self._events.emit("restored", step=commit.step, seconds=seconds, place=_PLACES[place])
-            return Restored(commit.step, position, place == 0)
+            return Restored(commit.step, position, place == 0, min(newest, commit.step))
 
     def _candidates(self, logs: list[Log]) -> Iterator[tuple[int, tuple[Entry, bytes]] | None]:
         """The good commits of all places, newest first, each with its place; None if there is none."""

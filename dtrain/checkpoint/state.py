@@ -34,6 +34,7 @@ class State:
 
     def __init__(self) -> None:
         self.objects: dict[str, Any] = {}
+        self._checked: set[int] = set()
 
     def track(self, objects: Mapping[str, Any]) -> None:
         """:raises UsageError: a name is taken, or an object has nothing to save."""
@@ -48,6 +49,26 @@ class State:
                     "give it both, or track the object that has them"
                 )
             self.objects[name] = bare(value) if isinstance(value, nn.Module) else value
+
+    def check(self, optimizer: Optimizer, *schedulers: object) -> None:
+        """:raises UsageError: one of them, or what it trains, isn't tracked, and would begin anew after a failure."""
+        for thing in (optimizer, *schedulers):
+            if id(thing) in self._checked:
+                continue
+            if not any(thing is value for value in self.objects.values()):
+                raise UsageError(
+                    f"step.update was given a {type(thing).__qualname__} that isn't tracked, and would begin anew "
+                    "after a failure: give it to run.track, before run.steps"
+                )
+            known = {id(p) for value in self.modules().values() for p in value.parameters()}
+            groups = optimizer.param_groups if thing is optimizer else []
+            for parameter in (parameter for group in groups for parameter in group["params"]):
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise UsageError(
+                        f"the optimizer trains a parameter of shape {tuple(parameter.shape)} that no tracked module "
+                        "has, and that would begin anew after a failure: give its module to run.track"
+                    )
+            self._checked.add(id(thing))
 
     def modules(self) -> dict[str, nn.Module]:
         return {name: value for name, value in self.objects.items() if isinstance(value, nn.Module)}

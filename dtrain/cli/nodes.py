@@ -295,5 +295,7 @@ class Run:
                     print(f"[nodes] {do} {number}: {error}", file=sys.stderr)
             case []:
                 pass
+            case [do, number] if do in known and number.isdigit():
+                print(f"[nodes] there is no node {number}: they are 0 to {self.count - 1}", file=sys.stderr)
             case _:
                 print(f"[nodes] {line.strip()!r}: try {', '.join(known)} with a number, or quit", file=sys.stderr)

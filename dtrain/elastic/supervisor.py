@@ -291,7 +291,8 @@ class Supervisor:
                 )
             if mine.kind == "failed":
                 say(f"rank {mine.rank} failed after step {at}: {mine.cause}; starting it again")
-                if mine.trace and mine.trace != self._said:
+                # A victim's says where it was when another one died, which comes out in a moment.
+                if mine.trace and mine.trace != self._said and not failure.victim:
                     say(mine.trace)
                 self._said = mine.trace
         return outcome

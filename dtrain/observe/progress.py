@@ -25,14 +25,15 @@ class Progress:
     """Shown by one rank.
 
     :param done: steps that are behind us.
+    :param committed: the step of the newest checkpoint.
     :param total: steps of the whole run.
     :param unit: what is counted for the speed.
     """
 
-    def __init__(self, done: int, total: int, unit: str) -> None:
+    def __init__(self, done: int, total: int, unit: str, committed: int) -> None:
         self._total = total
         self._unit = unit
-        self._committed = done
+        self._committed = committed
         self._loss = ""
         self._count = 0.0
         self._started = self._logged = time.monotonic()

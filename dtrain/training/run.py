@@ -75,6 +75,8 @@ class Run:
         self._started = False
         self._done = 0
         self._saved = -1
+        self._committed = 0
+        """Where the run stood when it was restored."""
         self._step: Step | None = None
         self._progress: Progress | None = None
         self._metrics: Metrics | None = None
@@ -223,7 +225,7 @@ class Run:
         self._restore()
         if self.is_first:
             self._metrics = Metrics(self.config.local_dir)
-            self._progress = Progress(self._done, total, self.config.unit)
+            self._progress = Progress(self._done, total, self.config.unit, self._committed)
         end = False
         for number in range(self._done + 1, total + 1):
             if number in self._skipped:
@@ -239,6 +241,7 @@ class Run:
                 scaler=scaler,
                 ask=self._ask,
                 before_update=self._manager.complete,
+                check=self._state.check,
                 page=self._page,
             )
             self._step = step
@@ -429,6 +432,7 @@ class Run:
             self._skipped |= set(restored.position.get("skipped", ()))
             self._done = self._page.restored = restored.step
             self._saved = restored.step if restored.committed else -1
+            self._committed = restored.newest
         if self.is_first:
             ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
             say(f"{self.config.dir}: {f'restored step {self._done}' if restored else 'nothing saved yet'}, {ranks}")

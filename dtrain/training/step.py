@@ -56,6 +56,7 @@ class Step:
         scaler: GradScaler | None,
         ask: Callable[[], Flags],
         before_update: Callable[[], None],
+        check: Callable[..., None],
         page: Page,
     ) -> None:
         self.number = number
@@ -69,6 +70,7 @@ class Step:
         self._scaler = scaler
         self._ask = ask
         self._before_update = before_update
+        self._check = check
         self._page = page
         page.mark(Phase.DATA)
         page.at, page.micro_batch, page.left = number, -1, len(self._block)
@@ -192,6 +194,7 @@ class Step:
         if self.totals.count == 0:
             raise UsageError(f"step {self.number}: the counts of all micro-batches add up to 0")
         self._parallel.check(optimizer)
+        self._check(optimizer, *schedulers)
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
