@@ -56,14 +56,15 @@ def test_a_script_is_trained_on_nodes_that_are_killed_and_started_again_by_hand(
             program.terminate()
     assert commits(tmp_path / "run")[-1] == 60
     said = output.read_text()
-    assert "[nodes] 'fly 1': try kill, cut, heal, freeze, thaw, start with a number, or quit" in said
+    assert "[nodes] 'fly 1': try kill, start, cut, heal, freeze, thaw with a number, or quit" in said
     assert "[nodes] kill 1: node 1 doesn't run" in said
+    assert "[nodes] kill 1: done" in said
 
 
 def test_a_script_is_needed(tmp_path: Path) -> None:
     found = subprocess.run([*DTRAIN, "nodes"], env=ENV, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    assert "give MIN:MAX, and a script to run" in found.stderr
+    assert "there is no script to run: dtrain nodes -- train.py" in found.stderr
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def options(tmp_path: Path) -> Options:
     return Options(run=str(tmp_path / "run"), evidence=str(tmp_path / "evidence"), steps=STEPS)
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("ranks", "seed"), [(3, 2)])
 def test_a_killed_rank_changes_no_bit(options: Options, undisturbed: Undisturbed, ranks: int, seed: int) -> None:
     dice = random.Random(seed)
     with start(options, ranks) as job:
@@ -35,7 +35,7 @@ def test_a_killed_rank_changes_no_bit(options: Options, undisturbed: Undisturbed
         assert_ended_as(job, undisturbed, ranks)
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 5), (3, 6)])
+@pytest.mark.parametrize(("ranks", "seed"), [(3, 6)])
 def test_ranks_killed_in_the_middle_of_a_save_change_no_bit(
     options: Options, undisturbed: Undisturbed, ranks: int, seed: int
 ) -> None:
@@ -47,7 +47,7 @@ def test_ranks_killed_in_the_middle_of_a_save_change_no_bit(
         assert_ended_as(job, undisturbed, ranks)
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 14), (3, 15)])
+@pytest.mark.parametrize(("ranks", "seed"), [(3, 15)])
 def test_killed_savers_are_replaced_and_change_no_bit(
     options: Options, undisturbed: Undisturbed, ranks: int, seed: int
 ) -> None:
@@ -60,7 +60,7 @@ def test_killed_savers_are_replaced_and_change_no_bit(
         assert_ended_as(job, undisturbed, ranks)
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 7), (3, 8)])
+@pytest.mark.parametrize(("ranks", "seed"), [(3, 8)])
 def test_ranks_killed_before_their_first_step_change_no_bit(
     options: Options, undisturbed: Undisturbed, ranks: int, seed: int
 ) -> None:
@@ -131,7 +131,9 @@ def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
 
 
 def test_thirty_kills_of_whatever_there_is_change_no_bit(tmp_path: Path) -> None:
-    """Two hundred of them: `python -m tests.campaign --seed 1 --ranks 2 --kills 200`."""
+    """On two ranks, as most tests here have three. Two hundred of them:
+    `python -m tests.campaign --seed 1 --ranks 2 --kills 200`.
+    """
 
     def options(name: str, step_s: float) -> Options:
         run, seen = str(tmp_path / name / "run"), str(tmp_path / name / "evidence")

@@ -239,11 +239,15 @@ def _read_lines(lines: Queue[str]) -> None:
         lines.put(line)
 
 
+_COMMANDS = "kill, start, cut, heal, freeze, thaw"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Run a training script on several nodes of this one machine, and do to them what happens to nodes.
 
-    While it runs, it takes commands: kill N, start N, cut N, heal N, freeze N, thaw N, quit.
+    While it runs, it takes commands: kill N, start N, cut N, heal N, freeze N, thaw N, quit. The last one, and Ctrl-C,
+    are a power failure of all nodes: nothing is saved.
     """
 
     count: int = 3
@@ -261,8 +265,10 @@ class Run:
 
     def run(self) -> int:
         least, _, most = (self.nodes or f"{max(1, self.count - 1)}:{self.count}").partition(":")
-        if not self.script or not least.isdigit() or not (most or least).isdigit():
-            raise ConfigError(f"nodes={self.nodes!r}, script={self.script!r}: give MIN:MAX, and a script to run")
+        if not least.isdigit() or not (most or least).isdigit():
+            raise ConfigError(f"nodes={self.nodes!r}: give how many nodes the training needs and takes, such as 2:3")
+        if not self.script:
+            raise ConfigError("there is no script to run: dtrain nodes -- train.py")
         with Nodes(self.count) as nodes:
             if not nodes.apart:
                 print("[nodes] on 127.0.0.1: without root they can't be cut off", file=sys.stderr)
@@ -273,6 +279,10 @@ class Run:
 
             for node in range(self.count):
                 start(node)
+            print(
+                f"[nodes] {self.count} nodes, {least}:{most or least} needed; type {_COMMANDS} with a number, or quit",
+                file=sys.stderr,
+            )
             lines: Queue[str] = Queue()
             threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
             while any(map(nodes.is_running, range(self.count))):
@@ -282,7 +292,7 @@ class Run:
 
     def _obey(self, line: str, nodes: Nodes, start: Callable[[int], None]) -> None:
         """Do what was typed."""
-        known = {name: getattr(nodes, name) for name in ("kill", "cut", "heal", "freeze", "thaw")} | {"start": start}
+        known = {"start": start} | {name: getattr(nodes, name) for name in _COMMANDS.split(", ") if name != "start"}
         match line.split():
             case ["quit"]:
                 for node in range(self.count):
@@ -291,6 +301,7 @@ class Run:
             case [do, number] if do in known and number.isdigit() and int(number) < self.count:
                 try:
                     known[do](int(number))
+                    print(f"[nodes] {do} {number}: done", file=sys.stderr)
                 except (ConfigError, subprocess.CalledProcessError) as error:
                     print(f"[nodes] {do} {number}: {error}", file=sys.stderr)
             case []:
@@ -298,4 +309,4 @@ class Run:
             case [do, number] if do in known and number.isdigit():
                 print(f"[nodes] there is no node {number}: they are 0 to {self.count - 1}", file=sys.stderr)
             case _:
-                print(f"[nodes] {line.strip()!r}: try {', '.join(known)} with a number, or quit", file=sys.stderr)
+                print(f"[nodes] {line.strip()!r}: try {_COMMANDS} with a number, or quit", file=sys.stderr)
