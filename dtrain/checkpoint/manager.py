@@ -178,7 +178,7 @@ class Manager:
         (manifest,) = manifests
         targets = state.targets(manifest)
         with memory.at_hand(found, files_needed(manifest, targets)) as storage:
-            problem = on_all_ranks(lambda: memory.load(storage, manifest, targets), (Exception,))
+            problem = on_all_ranks(lambda: load_tensors(storage, storage.root, manifest, targets), (Exception,))
         if problem:
             self._forget(found.step, problem)
         self._slots.keep(found.key)

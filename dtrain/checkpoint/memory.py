@@ -8,19 +8,18 @@ Every function is a collective operation: all ranks must reach it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dtrain.checkpoint.format import Manifest, Part
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.machine import machine
-from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.sending import mapped, receive, send
 from dtrain.checkpoint.slots import Key, Slots, Snapshot
 from dtrain.checkpoint.writer import shard_name
@@ -111,7 +110,8 @@ def at_hand(found: Found, needed: set[str]) -> Iterator[Storage]:
                 file = os.memfd_create("dtrain-received", os.MFD_CLOEXEC)
                 stack.callback(os.close, file)
                 path = f"/proc/{os.getpid()}/fd/{file}"
-                if _receive(path, source):
+                with contextlib.suppress(Damaged, OSError):  # who needs it says so when it isn't there
+                    receive(functools.partial(mapped, path, make=True), 0, source)
                     received[part] = path
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, received)
@@ -122,25 +122,6 @@ def at_hand(found: Found, needed: set[str]) -> Iterator[Storage]:
         yield Storage({f"{_FOLDER}/{shard_name(part)}": path for part, path in near.items()})
 
 
-def _receive(path: str, source: int) -> bool:
-    """:returns: whether it came whole, and there was room for it."""
-    whole = True
-
-    def room(length: int) -> torch.Tensor | None:
-        nonlocal whole
-        try:
-            return mapped(path, length, make=True)
-        except OSError:
-            whole = False
-            return None
-
-    try:
-        receive(room, 0, source)
-    except Damaged:
-        return False
-    return whole
-
-
 def _to_send(found: Found, needs: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, int]]:
     """Which part goes from which rank to which: once to each machine that needs it and doesn't have it."""
     for where in sorted(set(found.machines)):
@@ -149,11 +130,6 @@ def _to_send(found: Found, needs: Sequence[Sequence[int]]) -> Iterator[tuple[int
             held = sorted(found.holders[part])
             if not any(rank in held for rank in here):
                 yield part, held[part % len(held)], here[part % len(here)]
-
-
-def load(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
-    """As `reader.load_tensors`."""
-    load_tensors(storage, _FOLDER, manifest, targets)
 
 
 class Storage:

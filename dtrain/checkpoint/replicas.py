@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -85,42 +85,27 @@ class Replicas:
             self._sent.set()
 
     def _receive(self) -> None:
-        with contextlib.suppress(Exception):  # the other one has died, which the training notices as well
+        with contextlib.suppress(RuntimeError):  # the other one has died, which the training notices as well
             while True:
-                room = _Room(self._slots)
                 try:
-                    about = receive(room, len(_FIELDS), self._from, self._group)
+                    about = receive(self._room, len(_FIELDS), self._from, self._group)
                 except Damaged as error:
                     self._say(f"another rank's snapshot was damaged on its way: {error}")
                     continue
+                except OSError as error:
+                    if not self._said:
+                        self._said = True
+                        self._say(f"no memory for another rank's snapshot: {error}")
+                    continue
                 if about is None:
                     return
-                if room.problem is None:
-                    room.fill(dict(zip(_FIELDS, about, strict=True)))
-                elif not self._said:
-                    self._said = True
-                    self._say(f"no memory for another rank's snapshot: {room.problem}")
+                for name, value in zip(_FIELDS, about, strict=True):
+                    setattr(self._slot, name, value)
+                self._slot.whole = 1
 
-
-class _Room:
-    """Makes room in a slot, for what comes."""
-
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        self.problem: OSError | None = None
-
-    def __call__(self, length: int) -> torch.Tensor | None:
+    def _room(self, length: int) -> torch.Tensor:
+        """In the slot that is the least needed. It is chosen when something comes: a restore may have changed it."""
         index = self._slots.oldest(self._slots.replicas)
         self._slot = self._slots.board.slots[index]
         self._slot.whole = 0
-        try:
-            return mapped(self._slots.in_memory(index), length, make=True)
-        except OSError as error:
-            self.problem = error
-            return None
-
-    def fill(self, about: Mapping[str, int]) -> None:
-        """It has come, whole."""
-        for name, value in about.items():
-            setattr(self._slot, name, value)
-        self._slot.whole = 1
+        return mapped(self._slots.in_memory(index), length, make=True)

@@ -32,25 +32,32 @@ def send_end(count: int, to: int, group: dist.ProcessGroup | None = None) -> Non
 
 
 def receive(
-    room: Callable[[int], torch.Tensor | None], count: int, source: int, group: dist.ProcessGroup | None = None
+    room: Callable[[int], torch.Tensor], count: int, source: int, group: dist.ProcessGroup | None = None
 ) -> list[int] | None:
     """Receive one.
 
-    :param room: called with the number of bytes, for where they go; without one, they are thrown away.
+    :param room: called with the number of bytes, for where they go.
     :param count: how many numbers `about` has.
     :returns: what there is to know about it; None if nothing more comes.
     :raises Damaged: it isn't what was sent.
+    :raises OSError: there was no room. What was sent has been taken from the wire all the same.
     """
     header = torch.zeros(2 + count, dtype=torch.int64)
     dist.recv(header, source, group=group)
     length, expected, *about = header.tolist()
     if not length:
         return None
-    memory = room(length)
+    memory, problem = None, None
+    try:
+        memory = room(length)
+    except OSError as error:
+        problem = error
     for start in range(0, length, _PIECE_BYTES):
         size = min(_PIECE_BYTES, length - start)
         piece = torch.empty(size, dtype=torch.uint8) if memory is None else memory[start : start + size]
         dist.recv(piece, source, group=group)
+    if problem is not None:
+        raise problem
     if memory is not None and _digest(memory) != expected:
         raise Damaged(f"{length} bytes from rank {source} are not those that it sent")
     return about

@@ -106,8 +106,8 @@ class Supervisor:
         if self._placement.store is not None:
             die_with(os.getppid())
         self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
-        farewell = self._farewell = Farewell(self._placement, self._run)
-        farewell.again()
+        self._farewell = Farewell(self._placement, self._run)
+        self._farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)
         replicate = self._config.replicate_snapshots > 0
         keeper = Keeper(self._placement, self._run, replicate=replicate, say=self._events.warn)
@@ -123,7 +123,7 @@ class Supervisor:
                 break
             self._judge.learn(outcome)
             generation += 1
-        farewell.remember(outcome, self._group)
+        self._farewell.remember(outcome, self._group)
         if outcome.kind in ("stopped", "ended") and not outcome.saved:
             self._saver.save_last()
         if outcome.kind == "lost":
@@ -134,10 +134,10 @@ class Supervisor:
         else:
             self._end_saver()
         self._heart.kill()
-        if farewell.final or outcome.kind == "done":
+        if self._farewell.final or outcome.kind == "done":
             keeper.end()
         if outcome.kind != "done":
-            farewell.leave(outcome, self._slots.board.committed)
+            self._farewell.leave(outcome, self._slots.board.committed)
         self._signals.close()
 
     def _live_through(self, generation: int) -> Outcome:
