@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dtrain.criteria import Best, EarlyStop, Guards
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Storage
 from dtrain.storage.places import is_remote, storage_at
@@ -60,31 +61,6 @@ class Interval:
         if amount != int(amount):
             raise ConfigError(f"{option}={text!r}: steps and epochs are whole numbers")
         return cls(amount, "epochs" if unit.startswith("epoch") else "steps")
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best checkpoints by a metric.
-
-    :raises ConfigError: an option can't be right.
-    """
-
-    metric: str
-    """A name given to `run.save(metrics=...)`."""
-
-    mode: Literal["min", "max"] = "min"
-    """Whether less of it is better, or more."""
-
-    k: int = 1
-    """How many of them."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.metric, str) or not self.metric:
-            raise ConfigError(f"Best({self.metric!r}) must be the name of a metric, such as 'val/loss'")
-        if self.mode not in ("min", "max"):
-            raise ConfigError(f"Best(mode={self.mode!r}) must be 'min' or 'max'")
-        if not isinstance(self.k, int) or self.k < 1:
-            raise ConfigError(f"Best(k={self.k!r}) must be a whole number, 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +144,18 @@ class Config:
     """Besides, those that are younger than this, such as `"2h"`."""
 
     keep_best: Best | None = None
-    """Besides, the best ones by a metric, such as `Best("val/loss", k=3)`."""
+    """Besides, the best ones by a metric, such as `Best("val/loss", k=3)`. What `run.evaluate` finds to be one of them
+    is saved at once."""
+
+    early_stop: EarlyStop | None = None
+    """When the run has come as far as it gets, such as `EarlyStop("val/loss", patience=5)`. Such a run stays stopped
+    when it is started again."""
+
+    resume_stopped: bool = False
+    """Go on with a run that `early_stop` has ended, with patience anew."""
+
+    guards: Guards = field(default_factory=Guards)
+    """What is done about losses and gradients that aren't finite, losses that jump, and ranks that don't agree."""
 
     max_stalled: int = 3
     """The run stops after so many generations in a row that ended without a new step."""
@@ -284,8 +271,14 @@ class Config:
             raise ConfigError(f"keep_every={self.keep_every!r} must be a number of steps, 1 or more")
         if self.keep_for is not None and Interval.parse(self.keep_for, "keep_for").unit != "seconds":
             raise ConfigError(f"keep_for={self.keep_for!r} must be a time, such as '2h'")
-        if self.keep_best is not None and not isinstance(self.keep_best, Best):
-            raise ConfigError(f"keep_best={self.keep_best!r} must be a Best, such as dtrain.Best('val/loss', k=3)")
+        for name, kind, example in (
+            ("keep_best", Best, "dtrain.Best('val/loss', k=3)"),
+            ("early_stop", EarlyStop, "dtrain.EarlyStop('val/loss', patience=5)"),
+            ("guards", Guards, "dtrain.Guards(nonfinite='skip')"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and not (value is None and name != "guards"):
+                raise ConfigError(f"{name}={value!r} must be a {kind.__name__}, such as {example}")
 
     def _check_training(self) -> None:
         for name, choices in (
@@ -296,7 +289,7 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-        for name in ("tf32", "compile", "cpu_offload", "skip_poison_batch"):
+        for name in ("tf32", "compile", "cpu_offload", "skip_poison_batch", "resume_stopped"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         how = self.activation_checkpointing

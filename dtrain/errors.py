@@ -33,6 +33,14 @@ class Fenced(DtrainError):
     """A newer generation has taken the run over: this one is a leftover and may not write any more."""
 
 
+class Garbage(DtrainError):
+    """The training has come to numbers that aren't worth to go on with, and `Config.guards` says to stop."""
+
+
+class Unreliable(DtrainError):
+    """A machine computes other numbers than the others, or than it did before: it can't be trusted."""
+
+
 class Damaged(Exception):
     """A checkpoint doesn't hold the bytes that were saved. The run goes back to the commit before it."""
 

@@ -20,6 +20,7 @@ LAYERS = (
     "checkpoint",
     "observe",
     "config",
+    "criteria",
     "storage",
     "errors",
 )

@@ -12,7 +12,8 @@ from dtrain.checkpoint import schedule
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.policy import Keep, best_of, to_retire
 from dtrain.checkpoint.schedule import Action, Schedule
-from dtrain.config import Best, Config, Interval
+from dtrain.config import Config, Interval
+from dtrain.criteria import Best
 from dtrain.errors import ConfigError
 
 

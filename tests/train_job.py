@@ -8,6 +8,7 @@ It leaves its evidence in a folder of its own, written by itself, so that dtrain
 
     lives.jsonl         a line for each trainer that came up: rank, process id, its supervisor's
     trace-<rank>.jsonl  a line for each micro-batch that was computed: life, step, sample ids
+    phases.jsonl        a line for each validation that rank 0 has begun or ended
     result-<rank>.json  digests of the weights and of the optimizer's state, when the training is done
 
     torchrun --standalone --nproc-per-node 2 -m tests.train_job '{"run": ..., "evidence": ..., "steps": 30}'
@@ -18,9 +19,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ SAMPLES = 101
 MICRO_BATCH = 3
 GLOBAL_BATCH = 8 * MICRO_BATCH
 """Eight micro-batches: 4 and 4 on two ranks, but 2, 3 and 3 on three."""
+HELD_OUT = 53
 _FEATURES, _CLASSES = 33, 7
 
 
@@ -54,6 +57,21 @@ class Options:
     local_save_every: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     reduction: Literal["fast", "exact"] = "fast"
+    evaluate_every: int = 0
+    """Steps from one validation to the next; 0 for none. The best three models are kept."""
+    patience: int = 0
+    """Validations without a better model, after which it stops; 0 for never."""
+    guards: dict[str, Any] = field(default_factory=dict)
+    nan_at: int = 0
+    """The step in which one rank's gradient isn't finite; 0 for never."""
+    pass_over: int = 0
+    """A step that is left out; 0 for none."""
+    flip_at: tuple[int, ...] = ()
+    """Steps after which a bit of one rank's parameters flips, once each."""
+    flip: int = 0
+    """Chooses the bit."""
+    rank: int = 0
+    """The one that either happens to."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -76,18 +94,32 @@ def main() -> None:
     class Samples:
         """Known by their ids; each looks a little different whenever it is drawn."""
 
-        def __init__(self) -> None:
-            generator = torch.Generator().manual_seed(1)
-            self._inputs = torch.randn(SAMPLES, _FEATURES, generator=generator)
+        def __init__(self, count: int = SAMPLES) -> None:
+            generator = torch.Generator().manual_seed(count)
+            self._inputs = torch.randn(count, _FEATURES, generator=generator)
 
         def __len__(self) -> int:
-            return SAMPLES
+            return len(self._inputs)
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             sample = self._inputs[index]
             return {"id": index, "input": sample + 0.05 * torch.randn_like(sample), "label": index % _CLASSES}
 
+    class Wobble(dtrain.Mean):
+        """Looks like chance, and changes with every bit of the weights."""
+
+        def compute(self) -> float:
+            return 1e6 * super().compute() % 1
+
+    def scored(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        losses = F.cross_entropy(model(batch["input"]), batch["label"], reduction="none")
+        return losses.double().sum(), len(losses)
+
     def train(run: dtrain.Run) -> None:
+        def tell(step: int, what: str) -> None:
+            if run.is_first:
+                append(evidence / "phases.jsonl", {"step": step, "what": what})
+
         append(evidence / "lives.jsonl", {"rank": run.rank, "pid": os.getpid(), "supervisor": os.getppid()})
         life = torch.tensor([time.time_ns()])
         dist.broadcast(life, src=0)
@@ -108,8 +140,19 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step / 50))
         data = run.data(Samples())
-        run.track(model=model, optimizer=optimizer, schedule=schedule)
+        average = dtrain.EMA(model, optimizer, decay=0.9)
+        run.track(model=model, optimizer=optimizer, schedule=schedule, average=average)
+        if options.pass_over:
+            run._loop._skipped.add(options.pass_over)
+        at = 0
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * (torch.nan if at == options.nan_at and run.rank == options.rank else 1.0)
+
+        if options.nan_at:
+            next(iter(model.parameters())).register_hook(spoil)
         for step in run.steps(options.steps):
+            at = step.number
             for batch in step.micro_batches(data):
                 ids = batch["id"].tolist()
                 place = {"life": int(life), "pid": os.getpid(), "world_size": run.world_size}
@@ -120,12 +163,21 @@ def main() -> None:
                 step.backward(loss, count=len(ids))
             step.update(optimizer, schedule, clip=0.5)
             time.sleep(options.step_s)
+            if step.number in options.flip_at and run.rank == options.rank and once(evidence / f"flip-{step.number}"):
+                dice = random.Random(options.flip)
+                flat = dice.choice(list(model.parameters())).detach().view(-1).view(torch.int32)
+                flat[dice.randrange(len(flat))] ^= 1 << dice.randrange(31)
+            if options.evaluate_every and step.number % options.evaluate_every == 0:
+                tell(step.number, "begun")
+                run.evaluate(model, Samples(HELD_OUT), {"wobble": Wobble()}, outputs=scored)
+                tell(step.number, "ended")
         bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         result = {
             "parameters": digest(dict(bare.named_parameters())),
             "weights": digest(bare.state_dict()),
             "optimizer": digest(optimizer.state_dict()),
             "schedule": digest(schedule.state_dict()),
+            "average": digest(average.state_dict()),
         }
         (evidence / f"result-{run.rank}.json").write_text(json.dumps(result))
 
@@ -167,6 +219,9 @@ def main() -> None:
             local_save_every=options.local_save_every,
             parallel=options.parallel,
             reduction=options.reduction,
+            keep_best=dtrain.Best("val/wobble", k=3) if options.evaluate_every else None,
+            early_stop=dtrain.EarlyStop("val/wobble", patience=options.patience) if options.patience else None,
+            guards=dtrain.Guards(**options.guards),
         ),
     )
 
@@ -180,13 +235,19 @@ def append(path: Path, line: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def raise_once(marker: Path) -> None:
-    """:raises RuntimeError: if the marker isn't there yet."""
+def once(marker: Path) -> bool:
+    """Whether the marker isn't there yet; it is from now on."""
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:
-        return
-    raise RuntimeError("an error in the user's own code")
+        return False
+    return True
+
+
+def raise_once(marker: Path) -> None:
+    """:raises RuntimeError: if the marker isn't there yet."""
+    if once(marker):
+        raise RuntimeError("an error in the user's own code")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def opened(root: Path | str, page: Page | None = None, **options: Any) -> Iterat
     options = {"global_batch": 8, "micro_batch": 2, "save_every": 1000} | options
     config = dtrain.Config(dir=str(root), **options)
     placement = Placement(dist.get_rank(), dist.get_world_size(), local_world_size=dist.get_world_size())
-    group: Any = SimpleNamespace(placement=placement)  # without supervisors: the ranks are their own savers
+    notes = dist.HashStore()  # without supervisors: the ranks are their own savers
+    group: Any = SimpleNamespace(placement=placement, notes_store=lambda run: notes)
     slots = Slots()
     saver = Saver.of(config, connection(), placement.rank, placement.world_size, slots)
     life = Life(group, 0, page or Page.shared(), slots, Direct(saver, slots.board))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -23,9 +23,9 @@ from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.format import Manifest
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.reader import files_needed, load_shared, load_tensors
-from dtrain.checkpoint.slots import Slots, Snapshot
+from dtrain.checkpoint.slots import Key, Slots, Snapshot
 from dtrain.checkpoint.snapshot import Snapshots
-from dtrain.checkpoint.state import State
+from dtrain.checkpoint.state import State, position_of
 from dtrain.checkpoint.tree import flatten
 from dtrain.errors import Damaged, DtrainError, Fenced, NoGoodCheckpoint, SaveError
 from dtrain.observe.events import Events
@@ -34,6 +34,7 @@ from dtrain.storage.base import Storage
 T = TypeVar("T")
 
 _PLACES = ("storage", "local")
+_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,20 @@ class Manager:
         """Take the run over from any earlier group of savers."""
         self.epoch = self._slots.board.stamp = from_rank_0(self._client.claim)
 
-    def restore(self, state: State) -> Restored | None:
+    def restore(self, state: State, usable: Callable[[Mapping[str, Any]], bool] = lambda _: True) -> Restored | None:
         """Load the newest state that all ranks can have; None if there is none yet.
 
         That is the newest snapshot in memory, after the death of a trainer or a node; else the newest good checkpoint,
         the local one of two of the same step. A checkpoint that fails its check on any rank is recorded as bad on all
         of them, and the one before is taken.
 
+        :param usable: asked on rank 0, with the run's own part of it, whether a snapshot in memory may be taken.
         :raises NoGoodCheckpoint: there are commits, and none of them is good.
         :raises StateError: the tracked objects aren't those that were saved.
         """
         logs = [Log(storage) for storage in self._storages]
         committed, epoch = from_rank_0(functools.partial(self._newest_commits, logs))
-        return self._from_memory(state, committed, epoch) or self._from_storage(state, logs, committed[0])
+        return self._from_memory(state, committed, epoch, usable) or self._from_storage(state, logs, committed[0])
 
     def snapshot(self, state: State, step: int, position: dict[str, Any]) -> None:
         """Copy the state into memory. No collective operation."""
@@ -119,6 +121,16 @@ class Manager:
         """
         self._snapshots.complete()
         self._client.wait()
+
+    def settle(self) -> None:
+        """Wait until this rank's saver is at nothing, whatever came of it. No collective operation."""
+        while self._client.busy:
+            time.sleep(_LOOK_S)
+
+    def forget(self) -> None:
+        """Let the next restore be from storage, of what is committed or asked for by now. No collective operation."""
+        self.wait()
+        self._slots.keep(None)
 
     def complete(self) -> None:
         """Wait until the tensors may change again, after a copy that goes on beside the training."""
@@ -164,18 +176,29 @@ class Manager:
         ]
         return steps, logs[0].first_epoch(_newest_epoch(logs[0]))
 
-    def _from_memory(self, state: State, committed: list[int], epoch: int) -> Restored | None:
+    def _from_memory(
+        self, state: State, committed: list[int], epoch: int, usable: Callable[[Mapping[str, Any]], bool]
+    ) -> Restored | None:
         """Load the newest snapshot, unless there is a checkpoint of a later step, or of a later group."""
         least = max(committed)
-        found = memory.find(self._slots, lambda snapshot: snapshot.step >= least and snapshot.epoch >= epoch)
-        if found is None:
-            return None
-        started = time.monotonic()
-        manifests: list[Manifest] = []
-        problem = on_all_ranks(lambda: manifests.append(memory.manifest_of(found)), (Exception,))
-        if problem:
-            self._forget(found.step, problem)
-        (manifest,) = manifests
+        passed_over: set[Key] = set()
+
+        def counts(snapshot: Snapshot) -> bool:
+            return snapshot.step >= least and snapshot.epoch >= epoch and snapshot.key not in passed_over
+
+        while True:
+            started = time.monotonic()
+            found = memory.find(self._slots, counts)
+            if found is None:
+                return None
+            manifests: list[Manifest] = []
+            problem = on_all_ranks(functools.partial(_read_manifest, found, manifests), (Exception,))
+            if problem:
+                self._forget(found.step, problem)
+            (manifest,) = manifests
+            if from_rank_0(functools.partial(usable, position_of(manifest))):
+                break
+            passed_over.add(found.key)
         targets = state.targets(manifest)
         with memory.at_hand(found, files_needed(manifest, targets)) as storage:
             problem = on_all_ranks(lambda: load_tensors(storage, storage.root, manifest, targets), (Exception,))
@@ -248,6 +271,10 @@ class Manager:
             except (NoGoodCheckpoint, OSError) as error:  # there is the other place
                 self._local_problem = error
                 self._events.warn(str(error))
+
+
+def _read_manifest(found: memory.Found, into: list[Manifest]) -> None:
+    into.append(memory.manifest_of(found))
 
 
 def _counts(run: Log) -> Callable[[Entry], bool]:

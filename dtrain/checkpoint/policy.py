@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from dtrain.checkpoint.log import Entry, Log
-from dtrain.config import Best
+from dtrain.criteria import Best
 
 _LEAST = 2
 
@@ -57,8 +57,10 @@ def to_retire(log: Log, keep: Keep, now: float) -> list[Entry]:
 
 
 def best_of(commits: list[Entry], best: Best) -> list[Entry]:
-    """The best commits by a metric, the best one first. Of equals, the older is the better; a NaN is none."""
+    """The best commits by a metric, the best one first. Of equals, the older is the better; what isn't finite is none.
+
+    A step that was committed twice counts once.
+    """
     sign = 1.0 if best.mode == "min" else -1.0
-    found = [(e, e.metrics.get(best.metric)) for e in commits]
-    measured = [e for e, value in found if isinstance(value, int | float) and not math.isnan(value)]
-    return sorted(measured, key=lambda entry: (sign * entry.metrics[best.metric], entry.number))[: best.k]
+    found = {entry.step: entry for entry in commits if math.isfinite(entry.metrics.get(best.metric, math.nan))}
+    return sorted(found.values(), key=lambda entry: (sign * entry.metrics[best.metric], entry.step))[: best.k]

@@ -253,6 +253,12 @@ class State:
             )
 
 
+def position_of(manifest: Manifest) -> dict[str, Any]:
+    """The run's own part of a checkpoint, with empty tensors where a stream of data has some; {} if no run saved it."""
+    position: dict[str, Any] = decode(manifest.tree.get(RUN, {}), lambda _: torch.empty(0))
+    return position
+
+
 @dataclass(frozen=True, order=True)
 class Difference:
     """Between what is tracked and what was saved."""

@@ -25,6 +25,7 @@ from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.sources import tensor_names
 from dtrain.checkpoint.tree import dtype_named
+from dtrain.cli.best import Best
 from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
 from dtrain.cli.transfer import Export, Import, RunArg, Verify, commit_at, open_run, still_there
@@ -48,6 +49,7 @@ def app() -> SubcommandApp:
         ("export", Export),
         ("import", Import),
         ("gc", Gc),
+        ("best", Best),
     ):
         group.command(name=name)(command)
     return group

@@ -23,6 +23,17 @@ _CAUSE_LETTERS = 1000
 _KILLED_BEFORE_S = 5.0
 
 
+class GoBack(Exception):
+    """Raised by all trainers at once, with the same reason: what is in memory is given up for what was saved.
+
+    :param over: the step to pass over then; 0 for none.
+    """
+
+    def __init__(self, reason: str, *, over: int = 0) -> None:
+        super().__init__(reason)
+        self.over = over
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """Of one trainer."""
@@ -36,12 +47,16 @@ class Failure:
     """A checkpoint couldn't be written."""
     victim: bool = False
     """It looks like the outcome of another rank's death."""
+    over: int = 0
+    """The trainers have agreed to go back, and to pass over this step."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Of the exception that is being handled."""
         if isinstance(error, SystemExit):
             return cls(cause=f"exited with {error.code!r}", trace=traceback.format_exc()[-_TRACE_BYTES:])
+        if isinstance(error, GoBack):
+            return cls(cause=str(error)[:_CAUSE_LETTERS], over=error.over)
         trace = str(error) if isinstance(error, DtrainError | SaveError) else traceback.format_exc()
         return cls(
             cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:_CAUSE_LETTERS],

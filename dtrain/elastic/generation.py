@@ -8,6 +8,7 @@ process that is dead.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import socket
 import time
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from dtrain.config import Config
 from dtrain.elastic.page import Page
 from dtrain.elastic.placement import Placement
 
@@ -69,6 +71,11 @@ class Outcome:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+def run_name(config: Config) -> str:
+    """What a run is called in the store."""
+    return hashlib.sha256(config.dir.encode()).hexdigest()[:16]
 
 
 class Group:
@@ -224,6 +231,10 @@ class Group:
     def savers_store(self) -> dist.Store:
         """A connection for a saver: savers outlive generations."""
         return dist.PrefixStore(f"{self._prefix}/savers", self._connect())
+
+    def notes_store(self, run: str) -> dist.Store:
+        """A connection for a trainer to what is remembered of a run for as long as the job's store is there."""
+        return dist.PrefixStore(f"dtrain/notes/{self.placement.job}/{run}", self._connect())
 
     def failures(self, run: str) -> list[float]:
         """When generations have failed within the last hour, before torchrun's restarts as well: Unix times."""

@@ -22,7 +22,6 @@ It ends with one of these codes, and torchrun itself with 1 for all but the firs
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import select
@@ -39,7 +38,7 @@ from dtrain.config import Config
 from dtrain.elastic import watchdog
 from dtrain.elastic.failure import Failure
 from dtrain.elastic.farewell import Farewell
-from dtrain.elastic.generation import Group, Outcome
+from dtrain.elastic.generation import Group, Outcome, run_name
 from dtrain.elastic.helpers import Heart, SaverProcess, Watcher
 from dtrain.elastic.keeper import Keeper
 from dtrain.elastic.page import STOPPED, Page
@@ -105,7 +104,7 @@ class Supervisor:
         check_can_fork()
         if self._placement.store is not None:
             die_with(os.getppid())
-        self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
+        self._run = run_name(self._config)
         self._farewell = Farewell(self._placement, self._run)
         self._farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)

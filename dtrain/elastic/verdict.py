@@ -50,10 +50,12 @@ class Judge:
         progress = self._board.committed > self._committed if failure.unsaved else page.step > known
         stalled = 0 if progress else self._stalled + 1
         cause, skipped = failure.cause, self.skipped
+        if failure.over:  # to pass over a step is to come further
+            stalled, skipped = 0, (*skipped, failure.over)
         step, batch, phase = (
             (place.step, place.micro_batch, place.phase) if place else (page.at, page.micro_batch, page.phase)
         )
-        at = step if step > known and phase in _IN_A_BATCH and not failure.unsaved else 0
+        at = step if step > known and phase in _IN_A_BATCH and not (failure.unsaved or failure.over) else 0
         where = f" (in {f'micro-batch {batch} of ' if batch >= 0 else ''}step {step})" if at else ""
         at = at if stalled == 1 or at == self._at else 0
         final = failure.final

@@ -8,11 +8,16 @@ Both may be called while the run is still going on: what has not happened yet is
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.observe.events import EVENTS, METRICS, read_lines
+
+_GROWS = 5
+"""Measurements in a row."""
+_PART = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,38 @@ def losses(run: str | Path) -> dict[int, float]:
         if isinstance(line.get("step"), int) and isinstance(line.get("loss"), int | float):
             found[line["step"]] = float(line["loss"])
     return dict(sorted(found.items()))
+
+
+def growing_gap(run: str | Path) -> str:
+    """What there is to say about the gap between the loss that is trained on and that of held-out data.
+
+    Between two measurements, the training's loss is the mean over its steps. The gap is said to keep growing when it
+    grew in each of the last five measurements, and by a tenth of the held-out loss in all.
+
+    :returns: a sentence; empty if it doesn't, or if no held-out loss was measured.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    for line in read_lines(Path(run) / METRICS):
+        if isinstance(line.get("step"), int):
+            lines[line["step"]] = line
+    gaps: list[tuple[int, float, float]] = []
+    name, losses = "", []
+    for step, line in sorted(lines.items()):
+        if isinstance(line.get("loss"), int | float):
+            losses.append(float(line["loss"]))
+        name = name or next((key for key in line if key.endswith("/loss")), "")
+        if losses and name and isinstance(line.get(name), int | float):
+            gaps.append((step, line[name] - sum(losses) / len(losses), line[name]))
+            losses = []
+    last = gaps[-1 - _GROWS :]
+    grows = all(later[1] > earlier[1] for earlier, later in itertools.pairwise(last))
+    if len(last) <= _GROWS or not grows or last[-1][1] - last[0][1] < _PART * abs(last[-1][2]):
+        return ""
+    return (
+        f"since step {last[0][0]} the gap between {name} and the loss that is trained on keeps growing, from "
+        f"{last[0][1]:.3g} to {last[-1][1]:.3g}: the model learns its samples by heart; stop earlier "
+        "(Config(early_stop=...)), regularize more, or add data"
+    )
 
 
 def _add(found: History, line: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from dtrain.config import Config
 from dtrain.errors import DataError
 from dtrain.training.loader import Loader
-from dtrain.training.order import Ids, Order, block
+from dtrain.training.order import Ids, Order
 from dtrain.training.random import set_generators
 
 Collate = Callable[[list[Any]], Any]
@@ -123,14 +123,14 @@ class MapData:
         return first + micro_batches.start * size, first + micro_batches.stop * size
 
     def once(self, rank: int, world_size: int) -> list[Ids]:
-        """All samples once, in their own order, shared out over the ranks: this rank's batches.
+        """All samples once, in their own order, dealt out to the ranks batch by batch: this rank's.
 
         They are of `micro_batch` samples, or of less if there would be ranks without any.
 
         :raises DataError: there are less samples than ranks.
         """
         length, size = self.order.length, self._once_size(world_size)
-        mine = block(self.batches_once(world_size), rank, world_size)
+        mine = range(rank, self.batches_once(world_size), world_size)
         return [np.arange(number * size, min(length, (number + 1) * size)) for number in mine]
 
     def batches_once(self, world_size: int) -> int:
@@ -178,7 +178,7 @@ class Samples:
     """Loads batches, here or in a worker process."""
 
     def __init__(self, dataset: Dataset, collate: Collate, seed: int) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self.collate = collate
         self._seed = seed
 
@@ -187,7 +187,7 @@ class Samples:
         return self.collate(self.__getitems__(places))
 
     def __getitems__(self, places: Places) -> list[Any]:
-        batched = getattr(self._dataset, "__getitems__", None)
+        batched = getattr(self.dataset, "__getitems__", None)
         if batched is not None:
             set_generators(self._seed, "sample", places[0][0])
             found: list[Any] = batched([index for _, index in places])
@@ -196,16 +196,16 @@ class Samples:
 
     def _one(self, position: int, index: int) -> Any:
         set_generators(self._seed, "sample", position)
-        return self._dataset[index]
+        return self.dataset[index]
 
     def fingerprint(self) -> str:
-        own, length = getattr(self._dataset, "fingerprint", None), len(self._dataset)
+        own, length = getattr(self.dataset, "fingerprint", None), len(self.dataset)
         if callable(own):
             return f"{length}-{own()}"
         state = xxhash.xxh3_64()
         for index in sorted({0, length // 2, length - 1}):
             set_generators("fingerprint", index)  # an augmentation shows the same face each time
-            _hash_sample(state, self._dataset[index])
+            _hash_sample(state, self.dataset[index])
         return f"{length}-{state.hexdigest()}"
 
 
@@ -230,7 +230,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> None:
+def digest_of(sample: Any) -> int | None:
+    """A hash of all that is in a sample; None if a part of it is of a kind that can't be compared safely."""
+    state = xxhash.xxh3_64()
+    return state.intdigest() if _hash_sample(state, sample) else None
+
+
+def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> bool:
+    """:returns: whether that was all of it."""
     if isinstance(sample, torch.Tensor):
         sample = sample.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if sample.numel() else b""
     if isinstance(sample, np.ndarray) and sample.dtype.hasobject:
@@ -238,13 +245,17 @@ def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> None:
     if isinstance(sample, np.ndarray | np.generic):
         state.update(np.ascontiguousarray(sample).tobytes())
     elif isinstance(sample, Mapping):
+        whole = True
         for key in sample:
             state.update(str(key).encode())
-            _hash_sample(state, sample[key])
+            whole &= _hash_sample(state, sample[key])
+        return whole
     elif isinstance(sample, Sequence) and not isinstance(sample, str | bytes):
-        for value in sample:
-            _hash_sample(state, value)
+        parts = [_hash_sample(state, value) for value in sample]  # all of them, whatever the first is
+        return all(parts)
     elif isinstance(sample, str | bytes | int | float | bool | None):
         state.update(repr(sample).encode())
     else:
-        state.update(type(sample).__qualname__.encode())  # a picture, say: its type is all that can be compared safely
+        state.update(type(sample).__qualname__.encode())  # a picture, say
+        return False
+    return True

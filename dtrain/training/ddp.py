@@ -92,6 +92,8 @@ class Replicated(Wrapped):
                 sums.add(node.first, node.end, [torch.cat([node.parts[place].reshape(-1) for place in mine])])
             sums.add(turn.index, turn.index + 1, [flat])
             nodes = [node.parts[0] for node in sums.nodes]
+            for gradients in nodes:
+                self._exchange.look(gradients)
             self._sent.append((flat, Pending(nodes, turn.length, 1)))
         return finished(flat)
 

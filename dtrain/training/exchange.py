@@ -46,6 +46,23 @@ class Exchange:
         self._waiting = False
         self._work: dist.Work | None = None
         self._level = time.monotonic()
+        self.looks = False
+        """Whether this rank's own gradients are looked at, before they are added to those of the others."""
+        self._sums: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._sums.clear()
+
+    def look(self, gradients: torch.Tensor) -> None:
+        """Remember whether gradients of this rank are finite: their sum isn't if one of them isn't."""
+        if self.looks:
+            self._sums.append(gradients.sum())
+
+    @property
+    def bad(self) -> bool:
+        """Whether a gradient of this rank wasn't finite in this step, as far as they were looked at."""
+        return any(not math.isfinite(found) for found in map(float, self._sums))
 
     def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int) -> None:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
@@ -63,6 +80,7 @@ class Exchange:
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Sum a bucket of gradients over the ranks, and the numbers with it if they are waiting."""
         gradients = bucket.buffer()
+        self.look(gradients)
         together = gradients
         if self._waiting and gradients.is_cpu and gradients.dtype == torch.float32:
             self._waiting = False

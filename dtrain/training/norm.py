@@ -17,6 +17,26 @@ def local_parts(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [local_part(tensor) for tensor in tensors]
 
 
+def divided(parts: list[torch.Tensor], factor: float, *, spread: bool) -> bool:
+    """Multiply gradients by a number, in place. :returns: whether all that comes out is finite, on all ranks.
+
+    All ranks must reach it.
+
+    :param spread: whether each rank has another part of them.
+    """
+    bad = torch.zeros(1, dtype=torch.float32, device=parts[0].device)
+    if all(part.dtype == torch.float32 and part.device == bad.device for part in parts):
+        # One pass, made for GradScaler. It takes the factor in float32, in which these are multiplied anyway.
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, bad, torch.full_like(bad, factor))
+    else:
+        torch._foreach_mul_(parts, factor)
+        finite = [torch.isfinite(part.sum()).to(bad.device) for part in parts]
+        bad += 1.0 - torch.stack(finite).all().float()
+    if spread:
+        dist.all_reduce(bad)
+    return float(bad) == 0
+
+
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of all of them together. All ranks must reach it.
 

@@ -103,6 +103,13 @@ class Parallel:
             )
         return wrapped.module
 
+    @property
+    def replicated(self) -> bool:
+        """Whether several ranks hold the same parameters."""
+        if self.mesh is not None:
+            return "replicate" in (self.mesh.mesh_dim_names or ())
+        return self.world_size > 1
+
     def check(self, optimizer: Optimizer) -> None:
         """:raises UsageError: it trains what the ranks would train each for itself."""
         if self.world_size == 1 or id(optimizer) in self._checked:

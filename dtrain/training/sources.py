@@ -45,10 +45,13 @@ class Sources:
         self._known[name] = data
         return data
 
-    def once(self, name: str, dataset: Dataset, collate: Collate) -> Iterator[Any]:
+    def held_out(self, name: str, dataset: Dataset, collate: Collate) -> MapData:
+        """A data set that isn't trained on."""
+        return MapData(dataset, self._config, self._device, name, collate, for_training=False)
+
+    def once(self, data: MapData) -> Iterator[Any]:
         """See `Run.once`."""
         ranks, models = self._parallel.world_size, self._parallel.models
-        data = MapData(dataset, self._config, self._device, name, collate, for_training=False)
         mine, together = data.once(self._parallel.rank, ranks), data.batches_once(ranks)
         spare = -(-together // ranks) - len(mine)
         for number, ids in enumerate(mine):
@@ -60,18 +63,46 @@ class Sources:
         for model in models:
             model.look(0, uneven=False)
 
-    def skip(self, step: int) -> dict[str, list[int]]:
-        """Leave out a step. :returns: the ids of its samples, over all ranks, as far as they have any."""
-        everything = range(self._config.micro_batches)
+    def in_turns(self, data: MapData) -> Iterator[tuple[Any, bool]]:
+        """The batches of `once`, as many for each rank: who would have one less has its last one twice.
+
+        Each comes with whether it counts; on all ranks but one of those that compute a batch together, none does.
+        """
+        ranks, models = self._parallel.world_size, self._parallel.models
+        mine, together = data.once(self._parallel.rank, ranks), data.batches_once(ranks)
+        for turn in range(-(-together // ranks)):
+            with generators_kept():
+                batch = data.load_once(mine[min(turn, len(mine) - 1)])
+            for model in models:
+                model.look(0, uneven=False)
+            yield batch, self._parallel.counts and turn < len(mine)
+
+    def skip(self, step: int) -> None:
+        """Leave out a step."""
         mine = block(self._config.micro_batches, self._parallel.rank, self._parallel.world_size)
-        found = {}
-        for name, data in self._sorted():
-            if isinstance(data, MapData):
-                found[name] = [index for places in data.places(step, everything) for _, index in places]
-            else:
+        for _, data in self._sorted():
+            if not isinstance(data, MapData):
                 for _ in data.batches(step, mine):
                     pass
-        return found
+
+    def ids(self, step: int, micro_batches: range | None = None) -> dict[str, list[int]]:
+        """The samples of a step, as far as they have ids. :param micro_batches: of these; None is of all of them."""
+        chosen = range(self._config.micro_batches) if micro_batches is None else micro_batches
+        return {
+            name: [index for places in data.places(step, chosen) for _, index in places]
+            for name, data in self._sorted()
+            if isinstance(data, MapData)
+        }
+
+    @property
+    def map_style(self) -> list[MapData]:
+        """Those that are trained on by number."""
+        return [data for _, data in self._sorted() if isinstance(data, MapData)]
+
+    @property
+    def can_rewind(self) -> bool:
+        """Whether a step's samples can be had again."""
+        return len(self.map_style) == len(self._known)
 
     def check(self) -> None:
         """All ranks must reach it. :raises DataError: they don't have the same data."""

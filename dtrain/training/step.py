@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from dtrain.elastic.page import Page, Phase
 from dtrain.errors import UsageError
 from dtrain.training.data import Data
 from dtrain.training.exchange import MOST, Exchange, Totals
-from dtrain.training.norm import exact_norm, local_parts, total_norm
+from dtrain.training.norm import divided, exact_norm, local_parts, total_norm
 from dtrain.training.order import block
 from dtrain.training.parallel import Parallel
 from dtrain.training.precision import Precision
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
+
+    from dtrain.training.guards import Watch
 
 _CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`."""
@@ -41,7 +44,8 @@ class Step:
     :ivar number: which step it is, the first being 1.
     :ivar values: what was logged, for the run's metrics.
     :ivar begun: whether a micro-batch was taken.
-    :ivar updated: whether the optimizer has taken this step.
+    :ivar updated: whether `update` is done with this step.
+    :ivar skipped: whether a guard has kept it from the optimizer.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Step:
         ask: Callable[[], Flags],
         before_update: Callable[[], None],
         check: Callable[..., None],
+        watch: Watch,
         page: Page,
     ) -> None:
         self.number = number
@@ -71,6 +76,7 @@ class Step:
         self._ask = ask
         self._before_update = before_update
         self._check = check
+        self._watch = watch
         self._page = page
         page.mark(Phase.DATA)
         page.at, page.micro_batch, page.left = number, -1, len(self._block)
@@ -78,12 +84,16 @@ class Step:
         self._backwards = 0
         self.begun = False
         self.updated = False
+        self.skipped = False
+        self._own: list[tuple[int, torch.Tensor]] = []
         self._index = 0
         self._losses: torch.Tensor | None = None
         self._work: dist.Work | None = None
         self._count = 0
         self._totals: Totals | None = None
         self._norm: torch.Tensor | None = None
+        exchange.begin()
+        watch.begin()
         set_generators(seed, number, "step")
 
     def micro_batches(self, data: Data) -> Iterator[Any]:
@@ -146,6 +156,7 @@ class Step:
         self._page.left = len(self._block) - self._backwards
         self._page.mark(Phase.BACKWARD)
         self._count += count
+        self._own.append((self._index, loss.detach()))
         exact, counts = self._parallel.exact, self._parallel.counts
         if self._losses is None:  # a place for each micro-batch, where the order of the sum is not to matter
             self._losses = torch.zeros(self._list if exact else 1, dtype=torch.float64, device=loss.device)
@@ -198,23 +209,45 @@ class Step:
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = self._divide(gradients, clip)
+        if self._watch.looks and not self._watch.allows(self, finite=finite):
+            self.skipped = True
+        else:
+            self._before_update()
+            if self._scaler is not None:
+                self._scaler.step(optimizer)
+            else:
+                optimizer.step()
+            for scheduler in schedulers:
+                scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.updated = True
+        self._page.mark(Phase.BODY)
+
+    def _divide(self, gradients: list[torch.Tensor], clip: float | None) -> bool:
+        """Make the sums a mean, and clip it. :returns: whether all of it is finite, on all ranks."""
+        looks = self._watch.looks and self._scaler is None  # which leaves out what has overflowed by itself
         factor: float | torch.Tensor = 1.0 / self.totals.count
         if clip is not None:
             norm = (exact_norm if self._parallel.exact else total_norm)(gradients) * factor
             self._norm = norm
             factor = factor * torch.clamp(clip / (norm + _CLIP_EPSILON), max=1.0)
-        if gradients:  # one pass over them, for the mean and the clipping
-            torch._foreach_mul_(local_parts(gradients), factor)
-        self._before_update()
-        if self._scaler is not None:
-            self._scaler.step(optimizer)
-        else:
-            optimizer.step()
-        for scheduler in schedulers:
-            scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.updated = True
-        self._page.mark(Phase.BODY)
+        parts = local_parts(gradients)
+        if not parts:
+            return True
+        if clip is not None or not looks:
+            torch._foreach_mul_(parts, factor)  # one pass over them, for the mean and the clipping
+            return not looks or bool(torch.isfinite(norm))
+        spread = any(isinstance(gradient, DTensor) for gradient in gradients)
+        return divided(parts, 1.0 / self.totals.count, spread=spread)
+
+    def bad_losses(self) -> list[int]:
+        """This rank's micro-batches whose loss isn't finite."""
+        return [index for index, loss in self._own if not torch.isfinite(loss).all()]
+
+    def bad_gradient(self) -> bool:
+        """Whether this rank's own gradient isn't finite, as far as that can be told."""
+        return self._exchange.bad
 
     def log(self, **values: float) -> None:
         """Keep numbers with this step's loss, in the run's `metrics.jsonl`."""
@@ -259,4 +292,5 @@ class Step:
         if not self.updated:
             raise UsageError(f"step {self.number} ended without step.update(optimizer)")
         if self._scaler is not None:
-            self._scaler.update()
+            # What a guard has left out says nothing about the scale.
+            self._scaler.update(self._scaler.get_scale() if self.skipped else None)

@@ -1,0 +1,318 @@
+"""`Loop`: a run's steps, and all that comes between two of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import time
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.amp import GradScaler
+
+from dtrain.checkpoint.manager import Manager
+from dtrain.checkpoint.schedule import Action
+from dtrain.checkpoint.state import State, bare
+from dtrain.config import Config
+from dtrain.elastic.generation import run_name
+from dtrain.elastic.page import STOPPED, Phase
+from dtrain.elastic.supervisor import Life
+from dtrain.errors import UsageError
+from dtrain.observe.events import Events, say
+from dtrain.training.copies import Copies
+from dtrain.training.exactness import inexact_parts
+from dtrain.training.exchange import Exchange
+from dtrain.training.guards import Watch
+from dtrain.training.parallel import Parallel, same_buffers
+from dtrain.training.precision import Precision
+from dtrain.training.record import Record
+from dtrain.training.saves import Saves
+from dtrain.training.sources import Sources
+from dtrain.training.step import Flags, Step
+from dtrain.training.twice import Twice
+
+
+class Loop:
+    """One rank's, in one generation.
+
+    :ivar stop: whether this rank's code wants it to end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        life: Life,
+        *,
+        events: Events,
+        state: State,
+        sources: Sources,
+        parallel: Parallel,
+        precision: Precision,
+        exchange: Exchange,
+        manager: Manager,
+    ) -> None:
+        self._config = config
+        self._page = life.page
+        self._generation = life.generation
+        self._events = events
+        self._state = state
+        self._sources = sources
+        self._parallel = parallel
+        self._precision = precision
+        self._exchange = exchange
+        self._manager = manager
+        self._skipped = set(life.skipped)
+        self._saves = Saves(config, manager, state, sources, self._skipped, self._before_saving)
+        notes = functools.partial(life.group.notes_store, run_name(config))
+        self._copies = Copies(parallel, config.guards.compare_every, events, notes, manager.forget)
+        self._watch = Watch(
+            config.guards, parallel, sources, events, self._skipped, self._copies.compare, manager.forget
+        )
+        self._saves.watched = self._watch.state
+        exchange.looks = self._watch.looks
+        self._record: Record | None = None
+        self._step: Step | None = None
+        self._rehearses = False
+        """Whether the step under way is computed to be compared, and will be computed again."""
+        self._found_better = False
+        self.stop = False
+        self.started = False
+
+    def steps(self, total: int) -> Iterator[Step]:
+        """See `Run.steps`."""
+        if self.started:
+            raise UsageError("steps was called before; a run has one loop")
+        self.started = True
+        tracked = (value for value in self._state.objects.values() if isinstance(value, GradScaler))
+        scaler = next(tracked, self._precision.scaler)
+        if scaler is not None and scaler is self._precision.scaler:
+            self._state.track({"scaler": scaler})
+        if self._parallel.exact and dist.get_rank() == 0:
+            for part in inexact_parts(self._state, [model.module for model in self._parallel.models]):
+                self._events.warn(f"reduction='exact': {part}")
+        saves = self._saves
+        restored = self._restore()
+        if dist.get_rank() == 0:
+            ranks, done, committed = self._parallel.world_size, saves.done, saves.committed
+            self._record = Record(self._config, self._events, ranks, done=done, total=total, committed=committed)
+        verify = restored and self._config.guards.verify_restore
+        if verify and not self._sources.can_rewind:
+            raise UsageError("verify_restore=True: an iterable data set can't give the samples of a step a second time")
+        end = False
+        while saves.done < total and not saves.selection.ended:
+            if saves.done + 1 in self._skipped:
+                self._pass_over(saves.done + 1)
+                continue
+            started = time.monotonic()
+            if verify:
+                step = yield from self._twice(saves.done + 1, scaler)
+                verify = False
+            else:
+                step = yield from self._once(saves.done + 1, scaler)
+            self._finish(step)
+            self._same_buffers()
+            if self._copies.due(step.number):
+                self._copies.compare(step.number)
+            end = step.totals.end
+            if end or step.totals.stop or saves.selection.ended:
+                break
+            seconds = time.monotonic() - started
+            saves.schedule.stepped(seconds, saving=self._manager.busy)
+            if self._record is not None:
+                self._record.name_stragglers(step.totals.own_s, seconds)
+            saves.act(Action.SAVE if self._found_better else Action(step.totals.action))
+            self._found_better = False
+        self.close()
+        if self._record is not None:
+            self._record.sum_up(saves.done, saves.selection)
+        if end and saves.done < total:
+            # What comes behind the loop is for a training that is done, or was stopped by its own code.
+            self._page.stop = STOPPED
+            raise SystemExit(0)
+
+    def _once(self, number: int, scaler: GradScaler | None) -> Generator[Step, None, Step]:
+        step = self._step = self._new_step(number, scaler)
+        try:
+            yield step
+        except GeneratorExit:  # the loop was left; its last step counts if the weights are those after it
+            if step.updated:
+                self._finish(step)
+            raise
+        return step
+
+    def _twice(self, number: int, scaler: GradScaler | None) -> Generator[Step, None, Step]:
+        """A step that is computed two times from the same state, which must come to the same."""
+        twice, losses = Twice(self._state, self._parallel), self._watch.state()
+        self._rehearses = True
+        step = yield from self._once(number, scaler)
+        step.finish()
+        self._rehearses = False
+        twice.back()
+        self._watch.load(losses)
+        step = yield from self._once(number, scaler)
+        twice.compare(number)
+        return step
+
+    def _new_step(self, number: int, scaler: GradScaler | None) -> Step:
+        return Step(
+            number,
+            seed=self._config.seed,
+            micro_batches=self._config.micro_batches,
+            parallel=self._parallel,
+            precision=self._precision,
+            exchange=self._exchange,
+            scaler=scaler,
+            ask=self._ask,
+            before_update=self._manager.complete,
+            check=self._state.check,
+            watch=self._watch,
+            page=self._page,
+        )
+
+    def learn(self, values: Mapping[str, Any]) -> None:
+        """Take in what was measured after the update of the step under way."""
+        step = self._step
+        if step is None or not step.updated or self._rehearses:
+            return
+        numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+        step.log(**numbers)
+        self._found_better |= self._saves.selection.learn(step.number, numbers)
+
+    def check_can_measure(self) -> None:
+        """:raises UsageError: a step is half done."""
+        step = self._step
+        if step is not None and step.begun and not step.updated:
+            raise UsageError(f"step {step.number}: evaluate comes after step.update, or before the first micro-batch")
+
+    def save(self, metrics: Mapping[str, Any] | None, *, wait: bool) -> None:
+        """See `Run.save`."""
+        measured = _checked(metrics, self._config) if metrics else {}
+        if not self.started:
+            raise UsageError("save comes after run.steps has begun, which restores what was saved before")
+        step = self._step
+        if step is not None and step.number > self._saves.done:  # called inside the loop
+            if not step.updated:
+                raise UsageError(
+                    f"step {step.number}: save comes after step.update, when the weights are those after it"
+                )
+            if self._rehearses:
+                return
+            self._finish(step)
+        if measured:
+            self._saves.selection.learn(self._saves.done, measured)
+        self._saves.save(measured)
+        if wait:
+            self._manager.wait()
+
+    def _before_saving(self, checkpoint: bool) -> None:
+        self._page.mark(Phase.SAVE)
+        if self._record is not None:
+            self._record.flush()
+        if checkpoint:
+            self._same_buffers()
+            self._copies.compare(self._saves.done)
+            self._page.mark(Phase.SAVE)
+
+    def close(self) -> None:
+        """Save what isn't saved yet, and end the progress line. See `Run.close`."""
+        if self._step is not None and self._step.begun and not self._step.updated:
+            self._events.warn(
+                f"the loop was left in the middle of step {self._step.number}, whose forward passes may have changed "
+                f"the model: it is not saved, and the last checkpoint is that of step {max(0, self._saves.saved)}"
+            )
+        elif self.started and self._saves.done > 0:
+            self._step = None
+            self._saves.save()
+            self._page.at = 0
+            self._page.mark(Phase.END)
+            self._manager.wait()
+            if self._saves.schedule.skipped:
+                self._events.warn(
+                    f"{self._saves.schedule.skipped} checkpoints were not made, as the one before was still being "
+                    "written: save_every is shorter than a save takes"
+                )
+                self._saves.schedule.skipped = 0
+        self._sources.close()
+        self._page.at = 0
+        self._page.mark(Phase.MAIN)
+        if self._record is not None:
+            self._record.close()
+
+    def _pass_over(self, number: int) -> None:
+        """Leave out a step that has killed several generations, or that a guard has found to be garbage."""
+        self._sources.skip(number)
+        self._saves.done = number
+        if self._page.step == self._page.restored:
+            self._page.restored = number  # the first step that is computed is still to come, and may take long
+        self._page.finished(number)
+        if dist.get_rank() == 0:
+            self._events.emit("skipped", step=number, samples=self._sources.ids(number))
+            say(f"step {number} is skipped; the ids of its samples are in events.jsonl")
+        self._saves.save()  # it may have been due here, and this isn't to be found out again
+
+    def _ask(self) -> Flags:
+        assert self._step is not None
+        due = Action.NOTHING
+        if dist.get_rank() == 0:
+            due = self._saves.schedule.due(self._step.number, busy=self._manager.busy)
+        return self.stop, self._page.stop > 0, due
+
+    def _same_buffers(self) -> None:
+        models = [bare(model.module) for model in self._parallel.models]
+        modules = dict.fromkeys([*models, *self._state.modules().values()])
+        same_buffers(buffer for module in modules for buffer in module.buffers())
+
+    def _finish(self, step: Step) -> None:
+        if self._saves.done == step.number:  # by a save inside the loop
+            return
+        step.finish()
+        self._saves.done = step.number
+        self._page.finished(step.number)
+        if dist.get_rank() == 0 and step.number == self._page.best + 1 and self._generation:
+            self._events.emit("caught_up", step=step.number, generation=self._generation)
+        if self._record is not None:
+            self._record.finished(step, self._manager.committed)
+
+    def _restore(self) -> bool:
+        """:returns: whether there was anything."""
+        self._page.mark(Phase.RESTORE)
+        self._manager.claim()
+        self._events.emit(
+            "started",
+            rank=dist.get_rank(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            world_size=dist.get_world_size(),
+            generation=self._generation,
+            epoch=self._manager.epoch,
+        )
+        self._sources.check()
+        restored = self._saves.restore()
+        self._copies.begin()
+        if restored is not None:
+            self._page.restored = restored.step
+            self._watch.load(restored.position.get("losses", []))
+        if dist.get_rank() == 0:
+            count = dist.get_world_size()
+            ranks = f"{count} rank{'s' if count > 1 else ''}"
+            where = f"restored step {self._saves.done}" if restored else "nothing saved yet"
+            say(f"{self._config.dir}: {where}, {ranks}")
+        return restored is not None
+
+
+def _checked(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """:raises UsageError: one of them is no number, or that of `keep_best` is missing."""
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"save(metrics={{{name!r}: {value!r}}}): must be a number") from error
+    if config.keep_best is not None and config.keep_best.metric not in found:
+        raise UsageError(
+            f"save(metrics={found}): keep_best goes by {config.keep_best.metric!r}, which is not among them; give it "
+            "too, or change keep_best"
+        )
+    return found

@@ -1,0 +1,275 @@
+"""The best models and the end of a run, whatever is killed meanwhile: as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dtrain
+from dtrain.errors import ConfigError
+from dtrain.training.selection import Selection
+from tests import jobs
+from tests.evidence import assert_nothing_left
+from tests.jobs import ROOT, Job, read_lines
+from tests.places import Place
+from tests.train_job import Options
+
+EVERY, PATIENCE, STEPS = 3, 7, 200
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run has come to."""
+
+    best: list[tuple[int, float]]
+    """Step and metric of the best three, the best first."""
+    last: int
+    """The step that it stopped after."""
+    digests: list[dict[str, str]]
+
+
+def job(folder: Path, **options: Any) -> Options:
+    chosen: dict[str, Any] = {"steps": STEPS, "save_every": 10, "evaluate_every": EVERY, "patience": PATIENCE} | options
+    return Options(run=str(folder / "run"), evidence=str(folder / "evidence"), **chosen)
+
+
+def of(options: Options) -> Chosen:
+    done = command("checkpoint", "best", options.run, "--json")
+    assert done.returncode == 0, done.stderr
+    best = [(row["step"], row["value"]) for row in json.loads(done.stdout)]
+    committed = [
+        line["step"] for line in read_lines(Path(options.run) / "events.jsonl") if line["event"] == "committed"
+    ]
+    digests = [json.loads(path.read_text()) for path in sorted(Path(options.evidence).glob("result-*.json"))]
+    return Chosen(best[:3], max(committed), digests)
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "dtrain.cli.main", *words]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
+    options = job(tmp_path_factory.mktemp("undisturbed"), step_s=0.0)
+    with jobs.start(options, 2) as started:
+        assert started.wait() == 0, started.tail()
+        said = started.output.read_text()
+    assert "and has not been better in 7 measurements since" in said
+    found = of(options)
+    assert found.last < STEPS, "it has stopped early"
+    assert len(found.best) == 3
+    assert_nothing_left(options)
+    return found
+
+
+def in_a_validation(job: Job, dice: random.Random) -> None:
+    """Kill trainers while they measure, or just behind it, before the model that was found is saved."""
+    phases = Path(job.options.evidence) / "phases.jsonl"
+    seen = len(list(read_lines(phases)))
+    what = dice.choice(["begun", "ended"])
+    job.until("validation", lambda: [line for line in list(read_lines(phases))[seen:] if line["what"] == what])
+    time.sleep(dice.choice([0.0, dice.uniform(0, 0.02)]))
+    victims = list(job.trainers().values())
+    job.kill(*dice.sample(victims, dice.randint(1, len(victims))) if victims else ())
+
+
+def in_a_deletion(job: Job, dice: random.Random) -> None:
+    """Kill savers when one has just written that it is about to delete a checkpoint, and maybe all that trains."""
+    run = Place(job.options.run)
+
+    def retired() -> int:
+        names = [name for name in run.names("log") if name[0].isdigit()]
+        return sum(json.loads(run.read(f"log/{name}"))["entry"]["kind"] == "retire" for name in names)
+
+    before = retired()
+    job.until("deletion", lambda: retired() > before)
+    victims = list(job.savers().values())
+    if dice.random() < 0.5:
+        victims += job.trainers().values()
+    job.kill(*victims)
+
+
+def in_a_save(job: Job, dice: random.Random) -> None:
+    """Kill the savers while they write, so that a model that was found is lost on its way, and a trainer with them."""
+    run = Place(job.options.run)
+    known = set(run.names("checkpoints"))
+    job.until("save", lambda: set(run.names("checkpoints")) - known)
+    victims = list(job.savers().values())
+    if dice.random() < 0.7:
+        victims += job.trainers().values()
+    job.kill(*victims)
+
+
+KILLS: list[Callable[[Job, random.Random], None]] = [in_a_validation, in_a_deletion, in_a_save]
+
+
+def killed(folder: Path, kill: Callable[[Job, random.Random], None], seed: int, times: int = 3) -> Chosen:
+    """What a run comes to in which something is killed a few times."""
+    dice = random.Random(f"{kill.__name__}/{seed}")
+    options = job(folder, step_s=0.01)
+    with jobs.start(options, 2, fresh=False) as started:
+        for _ in range(times):
+            try:
+                kill(started, dice)
+            except jobs.Hang:
+                if "has not been better" not in started.tail():  # it is over before the last kill
+                    raise
+                break
+        assert started.wait() == 0, started.tail()
+    assert_nothing_left(options)
+    return of(options)
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_kills_leave_the_same_best_models_and_the_same_end(
+    kill: Callable[[Job, random.Random], None], undisturbed: Chosen, tmp_path: Path
+) -> None:
+    assert killed(tmp_path, kill, seed=0) == undisturbed
+
+
+def test_a_stopped_run_stays_stopped_until_it_is_told_to_go_on(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(STOPPING)
+
+    def start(*options: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path / "run"), *options],
+            env=environment, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    said = start()
+    assert "steps 1 2 3 4 5\n" in said
+    why = "stopped: step 5 of 20, saved: val/loss was 1 at its best, and has not been better in 3 measurements since"
+    assert why in said
+    again = start()
+    assert "steps\n" in again
+    assert why in again
+    assert "steps 6 7 8\n" in start("--go-on")
+    assert "steps\n" in start()
+
+
+STOPPING = """
+import sys
+import torch
+from torch import nn
+import dtrain
+
+class Falling:
+    def __init__(self): self.values = iter(())
+    def update(self, *_): pass
+    def compute(self): return [3.0, 1.0, 1.5, 1.0, 2.0, 4.0, 5.0, 6.0][at - 1]
+    def reset(self): pass
+
+def main(run):
+    global at
+    model = run.parallelize(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = run.data([torch.ones(2) for _ in range(8)])
+    run.track(model=model, optimizer=optimizer)
+    done = []
+    for step in run.steps(20):
+        for x in step.micro_batches(data):
+            step.backward(model(x).square().sum(), count=len(x))
+        step.update(optimizer)
+        at = step.number
+        run.evaluate(model, [(torch.ones(2), torch.ones(1))], {"loss": Falling()})
+        done.append(step.number)
+    print("steps", *done)
+
+dtrain.launch(main, dtrain.Config(
+    dir=sys.argv[1], global_batch=4, micro_batch=4, keep_best=dtrain.Best("val/loss"),
+    early_stop=dtrain.EarlyStop("val/loss", patience=3), resume_stopped="--go-on" in sys.argv,
+))
+"""
+
+
+def test_the_command_shows_the_ranking(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(STOPPING)
+    run = tmp_path / "run"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, str(script), str(run)], env=environment, check=True, timeout=60, capture_output=True
+    )
+    done = command("checkpoint", "best", str(run))
+    assert done.returncode == 0, done.stderr
+    head, first, *_ = done.stdout.splitlines()
+    assert head.split() == ["step", "val/loss", "committed", "attempt"]
+    assert first.split()[:3] == ["1", "2", "1"]
+    moved = run.rename(tmp_path / "elsewhere")
+    assert json.loads(command("checkpoint", "best", str(moved), "--json").stdout)[0]["step"] == 2
+    other = command("checkpoint", "best", str(moved), "--metric", "val/loss", "--mode", "max", "--json")
+    assert [row["step"] for row in json.loads(other.stdout)] == [1, 5, 2]
+    wrong = command("checkpoint", "best", str(moved), "--metric", "val/f1", "--mode", "max")
+    assert wrong.returncode == 2
+    assert "no checkpoint has 'val/f1'; they have: val/loss" in wrong.stderr
+
+
+def test_ties_keep_the_older_and_what_is_no_number_is_never_the_best() -> None:
+    selection = Selection(dtrain.Best("m", mode="max", k=2), None)
+    assert selection.learn(1, {"m": 1.0})
+    assert not selection.learn(2, {"m": float("nan")})
+    assert not selection.learn(3, {"m": float("inf")})
+    assert selection.learn(4, {"m": 1.0})
+    assert not selection.learn(5, {"m": 1.0})
+    assert not selection.learn(6, {"other": 9.0})
+    assert selection.learn(7, {"m": 2.0})
+    assert selection.best == [(2.0, 7), (1.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "values", "end"),
+    [
+        (dtrain.EarlyStop("m", patience=2), [3, 2, 2, 2], 4),
+        (dtrain.EarlyStop("m", patience=2, min_delta=0.5), [3, 2.8, 2.6], 3),
+        (dtrain.EarlyStop("m", patience=9, threshold=1.0), [3, 2, 1.0], 3),
+        (dtrain.EarlyStop("m", mode="max", patience=9, threshold=0.9), [0.5, 0.95], 2),
+        (dtrain.EarlyStop("m", patience=2), [float("nan"), float("nan")], 2),
+    ],
+)
+def test_a_run_is_over_at_the_step_that_follows_from_its_measurements(
+    stop: dtrain.EarlyStop, values: list[float], end: int
+) -> None:
+    selection = Selection(None, stop)
+    for step, value in enumerate(values, 1):
+        assert not selection.ended
+        kept = selection.state()
+        selection = Selection(None, stop)
+        selection.load(kept, [], resume=False)
+        selection.learn(step, {"m": value})
+        assert bool(selection.ended) == (step == end), selection.ended
+
+
+def test_bad_criteria_are_named() -> None:
+    for make, message in (
+        (lambda: dtrain.Best("val/f1", mode="most"), "Best(mode='most') must be 'min' or 'max'"),  # type: ignore[arg-type]
+        (lambda: dtrain.Best(""), "Best('') must be the name of a metric"),
+        (lambda: dtrain.EarlyStop("val/f1", patience=0), "EarlyStop(patience=0) must be a whole number, 1 or more"),
+        (lambda: dtrain.EarlyStop("v", min_delta=-1), "EarlyStop(min_delta=-1) must be a number, 0 or more"),
+        (lambda: dtrain.Guards(nonfinite="ignore"), "Guards(nonfinite='ignore') must be one of"),  # type: ignore[arg-type]
+        (lambda: dtrain.Guards(compare_every=0), "Guards(compare_every=0) must be a whole number"),
+        (lambda: config(early_stop="val/loss"), "early_stop='val/loss' must be a EarlyStop, such as"),
+        (lambda: config(guards=None), "guards=None must be a Guards, such as dtrain.Guards(nonfinite='skip')"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            make()
+        assert message in str(error.value)
+
+
+def config(**options: Any) -> dtrain.Config:
+    return dtrain.Config(dir="x", global_batch=1, micro_batch=1, **options)
