@@ -2,7 +2,8 @@
 
 All train the same model on the same data in the same processes, a step of each in turn, so that whatever else the
 machine does falls on all. dtrain's time is the whole turn of its loop: random state, data, the numbers that ranks
-exchange, metrics and progress line, but no checkpoint. See step_peers.py for the others.
+exchange, guards, metrics and progress line, but no checkpoint. See step_peers.py for the others. The comparison of the
+ranks' copies of the parameters, which dtrain makes every 100 steps, is timed by itself.
 
 The second table is what `reduction="exact"` costs: runs with it and without it, in turn, each measured by the loop that
 is written by hand in the same run.
@@ -39,6 +40,8 @@ from dtrain.examples.transformer import GPT
 
 LAYERS = {"small": 2, "medium": 4, "large": 6}
 """With two processes on two cores, steps of roughly 60, 120 and 170 ms."""
+COMPARED = "copies compared"
+"""What the ranks' copies of the parameters are compared by, every 100 steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,9 @@ def measure(run: dtrain.Run, o: Options, kind: Kind) -> None:
         times["dtrain"].append(lap())
         others_in(range(before, len(others)))
         lap()
+        if kind.layout == "ddp":
+            run._loop._copies.compare(-step.number)  # of no step that the run compares itself
+            times[COMPARED].append(lap())
     if run.is_first:
         print(json.dumps({name: taken[o.warm :] for name, taken in times.items()}), flush=True)
 
@@ -181,9 +187,14 @@ def show_loops(o: Options) -> None:
             for _ in range(o.repeats):
                 for name, taken in times_of(o, Kind(layout, size, o.nproc)).items():
                     found[name] += taken
+            compared = found.pop(COMPARED, [])
             for name, taken in found.items():
                 cells = "" if name == "by hand" else ratios(taken, found["by hand"])
                 print(f"{layout:7} {size:7} {name:11} {statistics.median(taken):7.1f} {cells}".rstrip(), flush=True)
+            if compared:
+                cost = statistics.median(compared)
+                share = cost / (100 * statistics.median(found["dtrain"]))
+                print(f"{layout:7} {size:7} comparing the copies: {cost:.2f} ms, {share:.3%} of 100 steps", flush=True)
 
 
 def show_exact(o: Options) -> None:

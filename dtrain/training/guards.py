@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from dtrain.checkpoint.plan import local_part
 from dtrain.criteria import Guards
 from dtrain.elastic.failure import GoBack
 from dtrain.errors import Garbage
@@ -161,6 +162,19 @@ class Watch:
         if how == "rollback":
             self._forget()
         raise GoBack(f"step {number} is passed over: {reason}", over=number)
+
+    def check_parameters(self, step: int) -> None:
+        """Before a checkpoint. :raises Garbage: a parameter isn't finite, by an update that was too large."""
+        if self._guards.nonfinite == "off":
+            return
+        for model in self._parallel.models:
+            for name, parameter in model.module.named_parameters():
+                if not torch.isfinite(local_part(parameter).detach().sum()):
+                    self._forget()  # the snapshots in memory may have it as well
+                    raise Garbage(
+                        f"step {step}: {name} isn't finite, and this state is not saved; the checkpoint before stands. "
+                        "The updates are too large: lower the learning rate"
+                    )
 
     def state(self) -> list[float]:
         """The losses that were looked back at."""

@@ -213,6 +213,7 @@ class Loop:
         if checkpoint:
             self._same_buffers()
             self._copies.compare(self._saves.done)
+            self._watch.check_parameters(self._saves.done)
             self._page.mark(Phase.SAVE)
 
     def close(self) -> None:
