@@ -183,7 +183,8 @@ class Copies:
             if times >= _MOST_ERRORS:
                 raise Unreliable(
                     f"rank {rank} on {host} has computed wrong parameters {times} times, by step {step} at last: its "
-                    "machine can't be trusted. The last checkpoint is from before; start without that machine"
+                    "machine can't be trusted, unless the code does something else on this rank. The last checkpoint "
+                    "is from before; start without that machine"
                 )
 
 

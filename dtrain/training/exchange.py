@@ -57,7 +57,7 @@ class Exchange:
     def look(self, gradients: torch.Tensor) -> None:
         """Remember whether gradients of this rank are finite: their sum isn't if one of them isn't."""
         if self.looks:
-            self._sums.append(gradients.sum())
+            self._sums.append(gradients.sum(dtype=torch.float32))
 
     @property
     def bad(self) -> bool:

@@ -32,7 +32,7 @@ _LEAST = 8
 _NORMAL = 1.4826
 """The standard deviation of a normal distribution, in median absolute deviations (P. J. Rousseeuw and C. Croux,
 "Alternatives to the Median Absolute Deviation", JASA 88, 1993)."""
-_FLAT = 1e-3
+_FLAT = 1e-2
 """Of the median loss: a curve that is flatter than this isn't taken for flatter, or every ripple would be a spike."""
 
 
@@ -169,7 +169,7 @@ class Watch:
             return
         for model in self._parallel.models:
             for name, parameter in model.module.named_parameters():
-                if not torch.isfinite(local_part(parameter).detach().sum()):
+                if not torch.isfinite(local_part(parameter).detach().sum(dtype=torch.float32)):
                     self._forget()  # the snapshots in memory may have it as well
                     raise Garbage(
                         f"step {step}: {name} isn't finite, and this state is not saved; the checkpoint before stands. "
@@ -177,8 +177,8 @@ class Watch:
                     )
 
     def state(self) -> list[float]:
-        """The losses that were looked back at."""
-        return list(self._losses)
+        """The losses that are looked back at, where something follows from them."""
+        return list(self._losses) if self._guards.loss_spike == "rollback" else []
 
     def load(self, losses: list[float]) -> None:
         self._losses.clear()

@@ -30,7 +30,8 @@ def divided(parts: list[torch.Tensor], factor: float, *, spread: bool) -> bool:
         torch._amp_foreach_non_finite_check_and_unscale_(parts, bad, torch.full_like(bad, factor))
     else:
         torch._foreach_mul_(parts, factor)
-        finite = [torch.isfinite(part.sum()).to(bad.device) for part in parts]
+        wide = [torch.promote_types(part.dtype, torch.float32) for part in parts]
+        finite = [torch.isfinite(part.sum(dtype=d)).to(bad.device) for part, d in zip(parts, wide, strict=True)]
         bad += 1.0 - torch.stack(finite).all().float()
     if spread:
         dist.all_reduce(bad)

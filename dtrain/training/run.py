@@ -84,7 +84,9 @@ class Run:
             replicas=self._replicas,
         )
         mark = functools.partial(self._page.mark, Phase.VALIDATION)
-        self._validation = Validation(config, self._precision, self._sources, self._events, mark)
+        self._validation = Validation(
+            config, self._precision, self._sources, self._events, mark, compare=life.generation == 0
+        )
         self._loop = Loop(
             config,
             life,

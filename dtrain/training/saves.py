@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from dtrain.checkpoint.log import Log
@@ -109,7 +110,7 @@ class Saves:
         self.saved = restored.step if restored.committed else -1
         self.committed = restored.newest
         if "selection" in position:
-            best = from_rank_0(lambda: self._best_in_log(restored.step))
+            best = from_rank_0(lambda: self._best_in_log(restored.step)) if self._config.keep_best else []
             self.selection.load(position["selection"], best, resume=self._config.resume_stopped)
             if restored.step in uncommitted(position["selection"], {step for _, step in best}):
                 # It was found to be one of the best, and the run was killed before it was saved.
@@ -123,8 +124,8 @@ class Saves:
         Not if one of the best models before it was lost on its way to the disk: the run then goes back to before that
         one was found.
         """
-        selection = position.get("selection")
-        if not selection or self._config.keep_best is None:
+        selection, best = position.get("selection"), self._config.keep_best
+        if not selection or best is None or selection["by"] != asdict(best):
             return True
         missing = [step for step in uncommitted(selection, self._measured_in_log()) if step < position["step"]]
         if missing:

@@ -73,6 +73,7 @@ class Selection:
         return {
             "best": [list(one) for one in self.best],
             "by": None if self._best is None else asdict(self._best),
+            "until": None if self._stop is None else asdict(self._stop),
             "measured": self.measured,
             "measured_at": self.measured_at,
             "ended": self.ended,
@@ -88,7 +89,9 @@ class Selection:
         """
         self.best = list(committed)
         self.measured, self.measured_at = dict(state["measured"]), state["measured_at"]
-        self._goal, self._without, self.ended = state["goal"], state["without"], state["ended"]
+        self.ended = state["ended"]
+        if state["until"] == self.state()["until"]:  # what was counted for another criterion says nothing for this one
+            self._goal, self._without = state["goal"], state["without"]
         if resume and self.ended:
             self.ended, self._without = "", 0
 

@@ -29,6 +29,7 @@ _LOOK_S = 2.0
 class Validation:
     """One rank's.
 
+    :param compare: whether samples are compared with those of the training, which is once enough.
     :param mark: called with each batch: the rank is at work.
     """
 
@@ -39,12 +40,15 @@ class Validation:
         sources: Sources,
         events: Events,
         mark: Callable[[], None],
+        *,
+        compare: bool,
     ) -> None:
         self._config = config
         self._precision = precision
         self._sources = sources
         self._events = events
         self._mark = mark
+        self._compares = compare and dist.get_rank() == 0
         self._compared: set[str] = set()
 
     def batches(self, name: str, dataset: Dataset, collate: Collate) -> Iterator[Any]:
@@ -82,7 +86,7 @@ class Validation:
                     f"evaluate(name={name!r}): this data set is trained on as well, and {criterion} goes by it; hold "
                     "some samples out, or say on_training=True"
                 )
-        if dist.get_rank() != 0 or name in self._compared or trained_on:
+        if not self._compares or name in self._compared or trained_on:
             return
         self._compared.add(name)
         shared, looked = shared_samples(dataset, [data.samples.dataset for data in training])
@@ -115,6 +119,7 @@ def shared_samples(held_out: Dataset, training: Iterable[Dataset]) -> tuple[int,
 def _spread(length: int, end: float) -> Iterator[int]:
     """All numbers below a length, in an order of which each part is spread evenly, for as long as there is time."""
     for start in range(0, length, 64):
-        if time.monotonic() > end:
-            return
-        yield from map(int, permute(np.arange(start, min(length, start + 64)), length, key=1))
+        for number in permute(np.arange(start, min(length, start + 64)), length, key=1):
+            if time.monotonic() > end:
+                return
+            yield int(number)
