@@ -72,9 +72,8 @@ def test_a_step_that_is_skipped_is_as_if_its_samples_were_not_there(
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     (found,) = events(tmp_path / "spoilt", "skipped")
     assert (found["step"], len(found["samples"]["data"])) == (5, 8)
-    last = 3 if ranks == 1 else [3, 3, 3][ranks - 1]
     assert f"the loss is inf; it comes from rank {ranks - 1} (" in found["reason"]
-    assert str(last) in found["reason"], "the micro-batch"
+    assert found["reason"].endswith("3"), "the last micro-batch of the list is among that rank's"
     lines = [json.loads(line) for line in (tmp_path / "spoilt" / "metrics.jsonl").read_text().splitlines() if line]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 6, 7, 8]
     assert [line["step"] for line in lines if line.get("skipped")] == [5]
@@ -97,7 +96,7 @@ def test_too_many_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_a_loss_that_jumps_is_said_or_gone_back_from(tmp_path: Path) -> None:
     jumping: dict[str, Any] = {"steps": 14, "spoil": at(12, 1, 1e4)}
     in_world(2, lambda rank: train(tmp_path / "warn", **jumping))
-    (found,) = events(tmp_path / "warn", "spike")
+    found, *_ = events(tmp_path / "warn", "spike")  # what follows from it jumps as well
     assert found["step"] == 12
     assert found["score"] > 12
     guards = dtrain.Guards(loss_spike="rollback")
