@@ -41,6 +41,8 @@ lint: venv  ## check style, types, shell scripts and the Dockerfile
 faults: venv  ## run the long campaigns: kills, nodes, faults of storage, leftovers (40 minutes)
 	$(BIN)/python -m tests.campaign $(ARGS)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m tests.choices
+	$(BIN)/python -m tests.garbage
 	$(BIN)/python -m tests.leftovers_s3
 	$(BIN)/python -m tests.faults_nodes
 	$(BIN)/python -m tests.faults_s3

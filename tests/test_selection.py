@@ -7,9 +7,7 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,125 +16,20 @@ import pytest
 import dtrain
 from dtrain.errors import ConfigError
 from dtrain.training.selection import Selection
-from tests import jobs
-from tests.evidence import assert_nothing_left
-from tests.jobs import ROOT, Job, read_lines
-from tests.places import Place
-from tests.train_job import Options
-
-EVERY, PATIENCE, STEPS = 3, 7, 200
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a run has come to."""
-
-    best: list[tuple[int, float]]
-    """Step and metric of the best three, the best first."""
-    last: int
-    """The step that it stopped after."""
-    digests: list[dict[str, str]]
-
-
-def job(folder: Path, **options: Any) -> Options:
-    chosen: dict[str, Any] = {"steps": STEPS, "save_every": 10, "evaluate_every": EVERY, "patience": PATIENCE} | options
-    return Options(run=str(folder / "run"), evidence=str(folder / "evidence"), **chosen)
-
-
-def of(options: Options) -> Chosen:
-    done = command("checkpoint", "best", options.run, "--json")
-    assert done.returncode == 0, done.stderr
-    best = [(row["step"], row["value"]) for row in json.loads(done.stdout)]
-    committed = [
-        line["step"] for line in read_lines(Path(options.run) / "events.jsonl") if line["event"] == "committed"
-    ]
-    digests = [json.loads(path.read_text()) for path in sorted(Path(options.evidence).glob("result-*.json"))]
-    return Chosen(best[:3], max(committed), digests)
-
-
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-m", "dtrain.cli.main", *words]
-    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=60)
+from tests.choices import KILLS, Chosen, command, killed, undisturbed
+from tests.jobs import ROOT, Job
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
-    options = job(tmp_path_factory.mktemp("undisturbed"), step_s=0.0)
-    with jobs.start(options, 2) as started:
-        assert started.wait() == 0, started.tail()
-        said = started.output.read_text()
-    assert "and has not been better in 7 measurements since" in said
-    found = of(options)
-    assert found.last < STEPS, "it has stopped early"
-    assert len(found.best) == 3
-    assert_nothing_left(options)
-    return found
-
-
-def in_a_validation(job: Job, dice: random.Random) -> None:
-    """Kill trainers while they measure, or just behind it, before the model that was found is saved."""
-    phases = Path(job.options.evidence) / "phases.jsonl"
-    seen = len(list(read_lines(phases)))
-    what = dice.choice(["begun", "ended"])
-    job.until("validation", lambda: [line for line in list(read_lines(phases))[seen:] if line["what"] == what])
-    time.sleep(dice.choice([0.0, dice.uniform(0, 0.02)]))
-    victims = list(job.trainers().values())
-    job.kill(*dice.sample(victims, dice.randint(1, len(victims))) if victims else ())
-
-
-def in_a_deletion(job: Job, dice: random.Random) -> None:
-    """Kill savers when one has just written that it is about to delete a checkpoint, and maybe all that trains."""
-    run = Place(job.options.run)
-
-    def retired() -> int:
-        names = [name for name in run.names("log") if name[0].isdigit()]
-        return sum(json.loads(run.read(f"log/{name}"))["entry"]["kind"] == "retire" for name in names)
-
-    before = retired()
-    job.until("deletion", lambda: retired() > before)
-    victims = list(job.savers().values())
-    if dice.random() < 0.5:
-        victims += job.trainers().values()
-    job.kill(*victims)
-
-
-def in_a_save(job: Job, dice: random.Random) -> None:
-    """Kill the savers while they write, so that a model that was found is lost on its way, and a trainer with them."""
-    run = Place(job.options.run)
-    known = set(run.names("checkpoints"))
-    job.until("save", lambda: set(run.names("checkpoints")) - known)
-    victims = list(job.savers().values())
-    if dice.random() < 0.7:
-        victims += job.trainers().values()
-    job.kill(*victims)
-
-
-KILLS: list[Callable[[Job, random.Random], None]] = [in_a_validation, in_a_deletion, in_a_save]
-
-
-def killed(folder: Path, kill: Callable[[Job, random.Random], None], seed: int, times: int = 3) -> Chosen:
-    """What a run comes to in which something is killed a few times."""
-    dice = random.Random(f"{kill.__name__}/{seed}")
-    options = job(folder, step_s=0.01)
-    with jobs.start(options, 2, fresh=False) as started:
-        for _ in range(times):
-            try:
-                kill(started, dice)
-            except jobs.Hang:
-                if "has not been better" not in started.tail():  # it is over before the last kill
-                    raise
-                break
-        assert started.wait() == 0, started.tail()
-    assert_nothing_left(options)
-    return of(options)
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Chosen:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_kills_leave_the_same_best_models_and_the_same_end(
-    kill: Callable[[Job, random.Random], None], undisturbed: Chosen, tmp_path: Path
+    kill: Callable[[Job, random.Random], None], clean: Chosen, tmp_path: Path
 ) -> None:
-    assert killed(tmp_path, kill, seed=0) == undisturbed
+    assert killed(tmp_path, kill, seed=0) == clean
 
 
 def test_a_stopped_run_stays_stopped_until_it_is_told_to_go_on(tmp_path: Path) -> None:
