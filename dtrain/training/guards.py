@@ -21,7 +21,7 @@ from dtrain.criteria import Guards
 from dtrain.elastic.failure import GoBack
 from dtrain.errors import Garbage
 from dtrain.observe.events import Events, say
-from dtrain.training.parallel import Parallel
+from dtrain.training.parallel import Buffers, Parallel
 from dtrain.training.sources import Sources
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class Watch:
     ) -> None:
         self._guards = guards
         self._parallel = parallel
-        self._buffers: list[torch.Tensor] | None = None
-        self._versions: list[int] = []
+        self._buffers: Buffers | None = None
         self._sources = sources
         self._events = events
         self._skipped = skipped
@@ -74,8 +73,8 @@ class Watch:
     def begin(self) -> None:
         """A step begins."""
         if self._buffers is None:
-            self._buffers = [buffer for model in self._parallel.models for buffer in model.module.buffers()]
-        self._versions = [buffer._version for buffer in self._buffers]
+            self._buffers = Buffers(model.module for model in self._parallel.models)
+        self._held, self._versions = self._buffers.versions()
 
     def allows(self, step: Step, *, finite: bool) -> bool:
         """Whether the optimizer may take a step. All ranks must reach it.
@@ -150,7 +149,7 @@ class Watch:
             )
         # Running means that have seen it, and an optimizer before this one, can't be taken back: then only a state from
         # before is without a trace of the step.
-        changed = self._versions != [buffer._version for buffer in self._buffers or ()]
+        changed = self._buffers is not None and self._versions != self._buffers.versions()[1]
         back = how == "rollback" or changed or step.updated
         if dist.get_rank() == 0:
             kind = "rolled_back" if back else "skipped"

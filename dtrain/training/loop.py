@@ -25,7 +25,7 @@ from dtrain.training.copies import Copies
 from dtrain.training.exactness import inexact_parts
 from dtrain.training.exchange import Exchange
 from dtrain.training.guards import Watch
-from dtrain.training.parallel import Parallel, same_buffers
+from dtrain.training.parallel import Buffers, Parallel, same_buffers
 from dtrain.training.precision import Precision
 from dtrain.training.record import Record
 from dtrain.training.saves import Saves
@@ -77,6 +77,7 @@ class Loop:
         self._rehearses = False
         """Whether the step under way is computed to be compared, and will be computed again."""
         self._found_better = False
+        self._buffers: Buffers | None = None
         self.stop = False
         self.started = False
 
@@ -261,9 +262,10 @@ class Loop:
         return self.stop, self._page.stop > 0, due
 
     def _same_buffers(self) -> None:
-        models = [bare(model.module) for model in self._parallel.models]
-        modules = dict.fromkeys([*models, *self._state.modules().values()])
-        same_buffers(buffer for module in modules for buffer in module.buffers())
+        if self._buffers is None:
+            models = [bare(model.module) for model in self._parallel.models]
+            self._buffers = Buffers([*models, *self._state.modules().values()])
+        same_buffers(self._buffers.all())
 
     def _finish(self, step: Step) -> None:
         if self._saves.done == step.number:  # by a save inside the loop

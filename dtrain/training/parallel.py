@@ -172,6 +172,25 @@ def _check_not_shared(blocks: Sequence[nn.Module]) -> None:
                 )
 
 
+class Buffers:
+    """Those of some modules, looked up each time anew, since code may put another tensor in a buffer's place.
+
+    :param modules: as they are now: a module that is added to them later isn't seen.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        # To go through the tree of modules takes longer than all the rest.
+        self._parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
+
+    def all(self) -> list[torch.Tensor]:
+        return [buffer for part in self._parts for buffer in part._buffers.values() if buffer is not None]
+
+    def versions(self) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """They themselves, to be held, and what is the same later on if none of them was changed or replaced."""
+        found = self.all()
+        return found, [(id(buffer), buffer._version) for buffer in found]
+
+
 def same_buffers(buffers: Iterable[torch.Tensor]) -> None:
     """Give every rank rank 0's buffers (running means and the like). All ranks must reach this, with the same ones.
 
