@@ -217,6 +217,9 @@ class Config:
     def __post_init__(self) -> None:
         if not isinstance(self.dir, str | Path) or not str(self.dir):
             raise ConfigError(f"dir={self.dir!r} must be the path of a folder")
+        for name in ("local_dir", "notice_file", "unit"):
+            if not isinstance(getattr(self, name), str | Path):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a text")
         if is_remote(self.local_dir):
             raise ConfigError(f"local_dir={self.local_dir!r} must be a folder of this machine")
         if is_remote(self.dir):

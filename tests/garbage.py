@@ -84,11 +84,12 @@ class Cases:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=100, help="how many cases, with seeds from 0 on")
+    parser.add_argument("--times", type=int, default=100, help="how many cases")
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first")
     parser.add_argument("--seed", type=int, help="this seed alone")
     chosen = parser.parse_args()
     wrong = 0
-    seeds = range(chosen.times) if chosen.seed is None else [chosen.seed]
+    seeds = range(chosen.first, chosen.first + chosen.times) if chosen.seed is None else [chosen.seed]
     with tempfile.TemporaryDirectory(prefix="dtrain-garbage-") as name:
         cases = Cases(Path(name))
         for seed in seeds:

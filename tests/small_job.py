@@ -66,14 +66,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--exit-at", type=int, default=-1)
     parser.add_argument("--lives-steps", type=int, default=0, help="every trainer fails after so many steps")
     parser.add_argument("--kill-supervisor-at", type=int, default=-1, help="rank 1's, once")
-    parser.add_argument("--trouble", default="", help="what happens in the forward pass, once: see `trouble`")
+    parser.add_argument("--trouble", default="", help="what happens before the forward pass, once: see `trouble`")
     parser.add_argument("--trouble-at", type=int, default=4)
     parser.add_argument("--trouble-rank", type=int, default=1)
     parser.add_argument("--poison-step", type=int, default=-1, help="its first micro-batch kills whoever computes it")
     parser.add_argument("--body-s", type=float, default=0.0, help="rank 0 is at work in the loop's body for so long")
     parser.add_argument("--stuck-sample", type=int, default=-1, help="can't be loaded, once")
     parser.add_argument("--workers", type=int, default=0)
-    for flag in ("--thread", "--iterable", "--in-place", "--say-end"):
+    for flag in ("--trouble-behind", "--thread", "--iterable", "--in-place", "--say-end"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
 
@@ -127,13 +127,15 @@ def main(run: dtrain.Run) -> None:
         if at and args.trouble == "leave":
             return
         for x in step.micro_batches(data):
-            if at:
+            if at and not args.trouble_behind:
                 trouble(args.trouble)
             if at or args.trouble_at == 0:
                 time.sleep(args.trouble == "slow" and run.rank == args.trouble_rank and 0.05)
             if step.number == args.poison_step:
                 os.kill(os.getpid(), signal.SIGKILL)
             step.backward(model(x).square().sum(), count=len(x))
+            if at and args.trouble_behind:
+                trouble(args.trouble)
         step.update(optimizer)
         time.sleep(args.step_s)
         for _ in range(int(10 * args.body_s) if run.is_first else 0):

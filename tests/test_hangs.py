@@ -55,6 +55,13 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_started_again(
         assert "in barrier" in mine
 
 
+def test_a_rank_that_is_held_up_behind_a_backward_pass_is_named_and_not_those_that_wait(tmp_path: Path) -> None:
+    _, cause = hung(tmp_path, "--trouble", "sleep", "--trouble-behind", "--micro-batch", 2)
+    assert "hang: rank 1 " in cause
+    assert " has been in the loop's body after a backward pass of step 4, micro-batch 2 " in cause
+    assert ", and the others wait (stacks" in cause
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_loader_that_is_stuck_is_named_with_the_line_that_it_is_stuck_in(tmp_path: Path, workers: int) -> None:
     ids = sample_of_step(tmp_path / "look", 4)

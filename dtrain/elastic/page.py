@@ -22,21 +22,24 @@ class Phase(IntEnum):
     MAIN = 0
     """The user's own code before the first step, and what is behind the last."""
     RESTORE = 1
-    DATA = 2
-    FORWARD = 3
-    BACKWARD = 4
-    UPDATE = 5
-    BODY = 6
+    BETWEEN = 2
+    """The loop's body, behind a backward pass."""
+    DATA = 3
+    FORWARD = 4
+    BACKWARD = 5
+    UPDATE = 6
+    BODY = 7
     """The rest of the loop's body."""
-    VALIDATION = 7
-    SAVE = 8
-    END = 9
+    VALIDATION = 8
+    SAVE = 9
+    END = 10
 
     @property
     def text(self) -> str:
         return {
             Phase.MAIN: "main, outside of the steps",
             Phase.RESTORE: "the restore",
+            Phase.BETWEEN: "the loop's body after a backward pass",
             Phase.DATA: "loading data",
             Phase.FORWARD: "the forward pass",
             Phase.BACKWARD: "the backward pass",

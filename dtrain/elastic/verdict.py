@@ -9,7 +9,7 @@ from dtrain.elastic.generation import Outcome
 from dtrain.elastic.page import Page, Phase
 from dtrain.elastic.watchdog import Report
 
-_IN_A_BATCH = (Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+_IN_A_BATCH = (Phase.BETWEEN, Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 
 
 class Judge:

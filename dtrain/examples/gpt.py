@@ -18,6 +18,10 @@ and ends with the weights that it would have had undisturbed. To train on someth
 
     python -m dtrain.examples.gpt --dir runs/notes --data notes/ letters.txt --steps 2000
 
+To see how well it reads text that it doesn't learn, which the end of the text is then left out for:
+
+    python -m dtrain.examples.gpt --dir runs/held-out --evaluate-every 50
+
 A larger one on the GPUs of a machine:
 
     torchrun --standalone --nproc-per-node gpu -m dtrain.examples.gpt --model 1b --parallel fsdp --precision bf16 \
@@ -34,13 +38,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import dtrain
@@ -133,6 +138,10 @@ class Options:
     workers: int = 0
     """Processes that read windows ahead, for each process that trains."""
 
+    evaluate_every: int | None = None
+    """Measure loss and perplexity after every so many steps, on the end of the text: a twentieth of it, but 512 windows
+    at most. That isn't trained on then, so a run can't change to it halfway."""
+
     save_every: int | str = 50
     """From one checkpoint to the next: a number of steps, or a time such as 90s or 10m."""
 
@@ -178,6 +187,42 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, *, warmup: int, steps: int) 
     return LambdaLR(optimizer, scale)
 
 
+# --- Validation: on the end of the text
+
+_HELD_OUT = 20
+"""A part in so many of the text is left out of the training."""
+_MOST_HELD_OUT = 512
+"""In windows; more take long to measure, and say hardly more."""
+
+
+class Perplexity(dtrain.Mean):
+    """Among how many bytes, all equally likely, the model could as well have chosen."""
+
+    def compute(self) -> float:
+        return math.exp(super().compute())
+
+
+def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """The loss of a batch, and over how many bytes it is. Logits would be 256 times as much to send to rank 0."""
+    x, y = batch
+    return F.cross_entropy(model(x).flatten(0, 1).float(), y.flatten(), reduction="sum"), y.numel()
+
+
+def split(corpus: npt.NDArray[np.uint8], options: Options) -> tuple[Windows, Windows | None]:
+    """What is trained on, and what is measured on, if anything is.
+
+    :raises ConfigError: there isn't enough text for that.
+    """
+    context = options.size.context
+    if options.evaluate_every is None:
+        return Windows(corpus, context), None
+    if options.evaluate_every < 1:
+        raise ConfigError(f"--evaluate-every {options.evaluate_every}: must be 1 or more; or leave it out")
+    Windows(corpus, context)  # names what is wrong with a --context below 1
+    cut = corpus.size - min(corpus.size // _HELD_OUT, _MOST_HELD_OUT * context + 1)
+    return Windows(corpus[:cut], context), Windows(corpus[cut:], context)
+
+
 # --- Training: what every process does
 
 
@@ -190,7 +235,8 @@ def train(run: dtrain.Run, *, options: Options, corpus: npt.NDArray[np.uint8]) -
     model = run.parallelize(bare)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)
     schedule = warmup_cosine(optimizer, warmup=o.warmup, steps=o.steps)
-    data = run.data(Windows(corpus, size.context), collate=collate, workers=o.workers)
+    windows, held_out = split(corpus, o)
+    data = run.data(windows, collate=collate, workers=o.workers)
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     peak = peak_of(run.device, o.precision)
 
@@ -208,6 +254,13 @@ def train(run: dtrain.Run, *, options: Options, corpus: npt.NDArray[np.uint8]) -
         step.log(lr=float(lr), tokens_per_s=speed)
         if peak is not None:
             step.log(mfu=speed * operations / (peak * run.world_size))
+        if held_out is not None and o.evaluate_every and step.number % o.evaluate_every == 0:
+            metrics = {"loss": dtrain.Mean(), "perplexity": Perplexity()}
+            found = run.evaluate(model, held_out, metrics, outputs=summed_loss, collate=collate)
+            if run.is_first:
+                told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+                print(f"step {step.number}: loss {step.loss:.4f}, {told}", flush=True)
+            clock = time.perf_counter()
 
 
 # --- Start
@@ -218,7 +271,7 @@ def start(options: Options) -> None:
     # The text is read before the launch. Every trainer is a fork of this process and finds the array in the
     # memory that it inherits: a trainer that takes a dead one's place reads and copies nothing.
     corpus = read_corpus(options.data)
-    Windows(corpus, options.size.context)  # too little text is better said here, once, than by every trainer
+    split(corpus, options)  # too little text is better said here, once, than by every trainer
     o = options
     dtrain.launch(
         functools.partial(train, options=o, corpus=corpus),

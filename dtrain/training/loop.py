@@ -85,6 +85,8 @@ class Loop:
         """See `Run.steps`."""
         if self.started:
             raise UsageError("steps was called before; a run has one loop")
+        if not isinstance(total, int) or isinstance(total, bool) or total < 1:
+            raise UsageError(f"steps({total!r}) must be a number of steps, 1 or more")
         self.started = True
         tracked = (value for value in self._state.objects.values() if isinstance(value, GradScaler))
         scaler = next(tracked, self._precision.scaler)
@@ -208,14 +210,14 @@ class Loop:
             self._manager.wait()
 
     def _before_saving(self, checkpoint: bool) -> None:
-        self._page.mark(Phase.SAVE)
+        self._page.mark(Phase.SAVE if self._page.at else Phase.END)
         if self._record is not None:
             self._record.flush()
         if checkpoint:
             self._same_buffers()
             self._copies.compare(self._saves.done)
             self._watch.check_parameters(self._saves.done)
-            self._page.mark(Phase.SAVE)
+            self._page.mark(Phase.SAVE if self._page.at else Phase.END)
 
     def close(self) -> None:
         """Save what isn't saved yet, and end the progress line. See `Run.close`."""
@@ -226,9 +228,9 @@ class Loop:
             )
         elif self.started and self._saves.done > 0:
             self._step = None
-            self._saves.save()
             self._page.at = 0
             self._page.mark(Phase.END)
+            self._saves.save()
             self._manager.wait()
             if self._saves.schedule.skipped:
                 self._events.warn(

@@ -101,6 +101,10 @@ class Step:
 
         :param data: from `run.data`.
         """
+        if not callable(getattr(data, "batches", None)):
+            raise UsageError(
+                f"step {self.number}: micro_batches takes what run.data(...) gives, and not a {type(data).__qualname__}"
+            )
         if self._backwards:
             raise UsageError(f"step {self.number}: micro_batches was gone through before; do so once a step")
         page = self._page
@@ -153,7 +157,6 @@ class Step:
             )
         self._open = False
         self._backwards += 1
-        self._page.left = len(self._block) - self._backwards
         self._page.mark(Phase.BACKWARD)
         self._count += count
         self._own.append((self._index, loss.detach()))
@@ -178,6 +181,8 @@ class Step:
             self._exchange.depart()
             if alone:  # stays on the device: to look at it would wait for everything that is queued there
                 self._work = dist.all_reduce(self._losses, async_op=True)
+        self._page.left = len(self._block) - self._backwards
+        self._page.mark(Phase.BETWEEN)
 
     def _check_all_used(self) -> None:
         for model in self._parallel.models:
@@ -194,9 +199,12 @@ class Step:
         """Divide the gradients by the count, clip them, and let the optimizer and its schedulers take a step.
 
         :param clip: the largest norm that the gradient of all of the optimizer's parameters may have.
-        :raises UsageError: not all micro-batches had their backward pass, or nothing was counted.
+        :raises UsageError: not all micro-batches had their backward pass, or nothing was counted; clip is no number
+            above 0.
         """
         self._page.mark(Phase.UPDATE)
+        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+            raise UsageError(f"step {self.number}: update(clip={clip!r}) must be a number above 0")
         if self._backwards != len(self._block):
             raise UsageError(
                 f"step {self.number}: {self._backwards} of {len(self._block)} micro-batches had a backward pass "
@@ -214,15 +222,23 @@ class Step:
             self.skipped = True
         else:
             self._before_update()
-            if self._scaler is not None:
-                self._scaler.step(optimizer)
-            else:
-                optimizer.step()
-            for scheduler in schedulers:
-                scheduler.step()
+            if self._take(optimizer):
+                for scheduler in schedulers:
+                    scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         self.updated = True
         self._page.mark(Phase.BODY)
+
+    def _take(self, optimizer: Optimizer) -> bool:
+        """Let the optimizer take the step. :returns: whether it did: a GradScaler leaves out what has overflowed."""
+        if self._scaler is None:
+            optimizer.step()
+            return True
+        taken: list[bool] = []
+        hook = optimizer.register_step_post_hook(lambda *_: taken.append(True))
+        self._scaler.step(optimizer)
+        hook.remove()
+        return bool(taken)
 
     def _divide(self, gradients: list[torch.Tensor], clip: float | None) -> bool:
         """Make the sums a mean, and clip it. :returns: whether all of it is finite, on all ranks."""
@@ -250,8 +266,15 @@ class Step:
         return self._exchange.bad
 
     def log(self, **values: float) -> None:
-        """Keep numbers with this step's loss, in the run's `metrics.jsonl`."""
-        self.values |= {name: float(value) for name, value in values.items()}
+        """Keep numbers with this step's loss, in the run's `metrics.jsonl`.
+
+        :raises UsageError: one of them is none.
+        """
+        for name, value in values.items():
+            try:
+                self.values[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UsageError(f"step {self.number}: log({name}={value!r}) must be a number") from error
 
     @property
     def totals(self) -> Totals:
