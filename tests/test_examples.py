@@ -13,11 +13,13 @@ import pytest
 from tests.jobs import ROOT
 
 
-def run(module: str, folder: Path, *options: object, ranks: int = 1) -> list[float]:
+def run(module: str, folder: Path, *options: object, ranks: int = 1, threads: str = "1") -> list[float]:
     """The losses of an example's run."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     command = [sys.executable, "-m", *torchrun, f"dtrain.examples.{module}", "--dir", str(folder), *map(str, options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(folder.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder.parent)}
+    if not threads:
+        del environment["OMP_NUM_THREADS"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -47,6 +49,10 @@ def test_the_digits_are_learned_the_same_by_one_and_by_two_ranks(tmp_path: Path)
     )
     assert found == again
     assert found[-1] > 0.8
+
+
+def test_the_digits_are_learned_in_one_process_whose_libraries_have_threads(tmp_path: Path) -> None:
+    assert len(run("digits", tmp_path, "--epochs", 1, threads="")) == 22
 
 
 def test_a_flag_that_can_not_be_right_is_named(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ result.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -100,13 +102,14 @@ class Network(nn.Sequential):
 
 def read() -> tuple[Tensor, Tensor]:
     """All pictures, of shape (number, 1, 8, 8), and what they show."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError("the pictures come with scikit-learn: pip install 'dtrain[examples]'") from error
-    found = load_digits()
-    pictures = torch.from_numpy(np.asarray(found.images, dtype=np.float32) / 8 - 1).unsqueeze(1)
-    return pictures, torch.from_numpy(found.target.astype(np.int64))
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError("the pictures come with scikit-learn: pip install 'dtrain[examples]'")
+    # Its file is read, and it isn't imported: that would start threads of scipy's BLAS, and this process forks.
+    file = Path(found.submodule_search_locations[0]) / "datasets/data/digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    pictures = torch.from_numpy(table[:, :-1] / 8 - 1).reshape(-1, 1, 8, 8)
+    return pictures, torch.from_numpy(table[:, -1].astype(np.int64))
 
 
 def accuracy(run: dtrain.Run, model: nn.Module, held_out: TensorDataset) -> float:
