@@ -172,7 +172,7 @@ def test_a_checkpoint_without_a_run_is_read_by_its_own_url(s3: Server) -> None:
     found = {"a": torch.zeros(5)}
     dcp.load(found, storage_reader=Reader.open(f"{url}/step-7"))
     assert torch.equal(found["a"], state["a"])
-    with pytest.raises((ConfigError, NoGoodCheckpoint), match="neither a run nor a checkpoint"):
+    with pytest.raises((ConfigError, NoGoodCheckpoint), match="is no run, no checkpoint and no safetensors"):
         Reader.open(f"{url}/step-8")
 
 

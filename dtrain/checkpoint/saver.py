@@ -195,7 +195,7 @@ class Saver:
             if attempt:
                 catalog.discard(attempt)  # a full disk is not made fuller
             return self._fail(name, error, f"step {snapshot.step} could not be saved in {catalog.storage.root}")
-        size = sum(part.size for part in parts)
+        size = sum(part.size for part in parts) + catalog.indexes.bytes
         try:
             with self._lock:
                 catalog.commit(
