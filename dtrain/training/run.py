@@ -31,7 +31,7 @@ from dtrain.errors import UsageError
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
 from dtrain.training.data import Collate, Data, Dataset
-from dtrain.training.exactness import inexact_parts, make_deterministic
+from dtrain.training.exactness import inexact_parts, make_deterministic, name_changed_buffers
 from dtrain.training.exchange import Exchange
 from dtrain.training.folder import open_folders
 from dtrain.training.order import block
@@ -220,8 +220,10 @@ class Run:
         if scaler is not None and scaler is self._precision.scaler:
             self._state.track({"scaler": scaler})
         if self._parallel.exact and self.is_first:
-            for part in inexact_parts(self._state, [model.module for model in self._parallel.models]):
+            modules = [model.module for model in self._parallel.models]
+            for part in inexact_parts(self._state, modules):
                 self._events.warn(f"reduction='exact': {part}")
+            name_changed_buffers(modules, lambda part: self._events.warn(f"reduction='exact': {part}"))
         self._restore()
         if self.is_first:
             self._metrics = Metrics(self.config.local_dir)
