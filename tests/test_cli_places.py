@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
 import uuid
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from torch import nn
 from dtrain.checkpoint import Reader
 from dtrain.checkpoint.loading import load
 from dtrain.checkpoint.sources import open_source
+from dtrain.cli.main import main
 from dtrain.errors import ConfigError, StateError
 from dtrain.storage.places import storage_at
 from tests.s3_server import BUCKET, Server
@@ -24,10 +25,12 @@ pytestmark = pytest.mark.own_process
 
 
 def dtrain(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, output, errors of `dtrain checkpoint ...`, in a process of its own."""
-    command = [sys.executable, "-m", "dtrain.cli.main", "checkpoint", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-    return done.returncode, done.stdout, done.stderr
+    """Exit code, output, errors of `dtrain checkpoint ...`, in this process, which is the test's own."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+        main(["checkpoint", *map(str, arguments)])
+    assert isinstance(exit.value.code, int)
+    return exit.value.code, out.getvalue(), err.getvalue()
 
 
 def weights() -> dict[str, torch.Tensor]:
