@@ -292,7 +292,7 @@ class Config:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
-        for name in ("tf32", "compile", "cpu_offload", "skip_poison_batch", "resume_stopped"):
+        for name in ("tf32", "compile", "cpu_offload", "skip_poison_batch", "resume_stopped", "unsafe_commit"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         how = self.activation_checkpointing
@@ -305,8 +305,8 @@ class Config:
             raise ConfigError(f"shard_size={self.shard_size!r} must be 2 ranks or more, with parallel='hsdp'")
         if not _is_count(self.tensor_parallel):
             raise ConfigError(f"tensor_parallel={self.tensor_parallel!r} must be a number of ranks, 1 or more")
-        for name in ("cpu_offload", "tensor_parallel"):
-            if getattr(self, name) not in (False, 1) and self.parallel not in ("fsdp", "hsdp"):
+        for name, none in (("cpu_offload", False), ("tensor_parallel", 1)):
+            if getattr(self, name) != none and self.parallel not in ("fsdp", "hsdp"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} needs parallel='fsdp' or 'hsdp'")
 
     @property

@@ -22,7 +22,7 @@ from dtrain.elastic.generation import Group
 from dtrain.elastic.page import Page, Phase
 from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life, Supervisor
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, UsageError
 from dtrain.training.run import Run
 
 # Asked in the usual way, whether there is a GPU, CUDA is started and can't be used after a fork.
@@ -39,12 +39,17 @@ def launch(main: Callable[[Run], None], config: Config, *, in_place: bool = Fals
     :param config: the run's options.
     :param in_place: run `main` in this very process, for a debugger; nothing is started again when it fails.
     :raises ConfigError: the process can't be forked, or wasn't started by torchrun.
+    :raises UsageError: it is given something else than a function and a `Config`.
     :raises SystemExit: the training failed for good (1), or was ended after a checkpoint, by Ctrl-C (130) or by a
         signal or a notice (143); see docs/faults.md.
     """
+    if not callable(main) or not isinstance(config, Config):
+        given = f"{type(main).__qualname__}, {type(config).__qualname__}"
+        raise UsageError(f"launch({given}): give the training function, and a dtrain.Config")
     placement = Placement.from_env()
 
     def train(life: Life) -> None:
+        config.check_world(placement.world_size)  # before ranks that go on to connect find others gone
         device = _device(placement.local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,7 +187,7 @@ class Case:
         outcome = "done"
         config = self._config(self._proxy.url)
 
-        def open_run(_: str) -> tuple[Storage, Log]:
+        def open_run(_: str, options: Sequence[str]) -> tuple[Storage, Log]:
             log = Log(storage := config.storage())
             log.refresh()
             return storage, log

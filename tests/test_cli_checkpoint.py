@@ -6,10 +6,11 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dtrain.checkpoint.sources import open_source
 from dtrain.checkpoint.verify import verify, verify_log
 from dtrain.cli import checkpoint, table, transfer
 from dtrain.cli.main import main
+from dtrain.observe.events import EVENTS, read_lines
 from tests.saving import Kept, Saver, folder_of, log_of, save
 from tests.world import alone, in_world
 
@@ -87,7 +89,10 @@ def test_ls_lists_what_is_there_and_with_all_what_was_deleted(tmp_path: Path, dt
     assert list(rows[0]) == ["step", "epoch", "time", "ranks", "bytes", "attempt", "state", "reason"]
     folder = folder_of(tmp_path / "run", 30)
     assert rows[2]["attempt"] == folder.name
-    assert rows[2]["bytes"] == sum(p.stat().st_size for p in folder.iterdir() if p.name != MANIFEST)
+    assert rows[2]["bytes"] == sum(p.stat().st_size for p in folder.iterdir())
+    assert [entry.bytes for entry in log_of(tmp_path / "run").commits()] == [row["bytes"] for row in rows[1:]]
+    told = [line["bytes"] for line in read_lines(tmp_path / "run" / EVENTS) if line["event"] == "committed"]
+    assert told == [row["bytes"] for row in rows]
 
 
 def test_ls_tells_what_is_damaged_and_what_was_found_bad(run: Path, dtrain: Dtrain) -> None:
@@ -273,8 +278,8 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_fault(
     """The log that the command has read doesn't tell of it yet."""
     command = transfer.open_run
 
-    def opened_then_deleted(folder: str) -> Any:
-        opened = command(folder)
+    def opened_then_deleted(folder: str, storage_option: Sequence[str]) -> Any:
+        opened = command(folder, storage_option)
         log = log_of(run)
         log.claim(time.time(), "x")
         log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=10, attempt=folder_of(run, 10).name))
@@ -381,7 +386,7 @@ def test_a_damaged_checkpoint_ends_an_export_with_1(run: Path, tmp_path: Path, d
     code, out, err = dtrain("export", run, tmp_path / "out.pt")
     assert (code, out) == (1, "")
     assert err.startswith("dtrain: damaged: ")
-    assert "are not those that were saved" in err
+    assert re.search(r"bytes \d+ to \d+ are not those that were saved \(model\.[01]\.(weight|bias)\)$", err), err
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -222,16 +222,23 @@ def test_tokens_at_an_url_are_copied_once(tmp_path: Path) -> None:
         (10, 10, "uint16", "has 20 bytes: that is no file of at least 11 tokens of type uint16"),
         (11, 4, "uint32", "has 22 bytes: that is no file of at least 5 tokens of type uint32"),
         (10, 0, "uint16", r"Tokens\(context=0\): must be 1 or more"),
+        (10, "4", "uint16", r"Tokens\(context='4'\): must be 1 or more"),
+        (10, 4, "u16", r"Tokens\(dtype='u16'\): must be a type of whole numbers, such as uint16"),
+        (10, 4, "float16", r"Tokens\(dtype='float16'\): must be a type of whole numbers"),
     ],
 )
 def test_a_file_that_holds_no_window_is_named(
-    tmp_path: Path, count: int, context: int, dtype: str, message: str
+    tmp_path: Path, count: int, context: Any, dtype: str, message: str
 ) -> None:
     path = tokens_file(tmp_path / "few.bin", count)
     with pytest.raises(DataError, match=message):
         dtrain.Tokens(path, context, dtype)
     with pytest.raises(DataError, match="No such file"):
         dtrain.Tokens(tmp_path / "none.bin", 4)
+    with pytest.raises(DataError, match="is no file; name the file of tokens"):
+        dtrain.Tokens(tmp_path, 4)
+    with pytest.raises(DataError, match=r"could not be copied to .*: ValueError: Protocol not known: nowhere"):
+        dtrain.Tokens("nowhere://x/tokens.bin", 4, cache=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -39,10 +39,27 @@ def metrics() -> dict[str, Any]:
         "f1": torchmetrics.F1Score(**macro),
         "auroc": torchmetrics.AUROC(**task),
         "confusion": torchmetrics.ConfusionMatrix(**task),
+        "wrapped": Wrapped(torchmetrics.Accuracy(**task)),
         "both": torchmetrics.MetricCollection(
             {"a": torchmetrics.Accuracy(**task), "s": torchmetrics.Specificity(**task)}
         ),
     }
+
+
+class Wrapped:
+    """A torchmetrics object that isn't seen from outside."""
+
+    def __init__(self, metric: Any) -> None:
+        self._inside = {"metrics": [metric]}
+
+    def update(self, *outputs: Any) -> None:
+        self._inside["metrics"][0].update(*outputs)
+
+    def compute(self) -> Any:
+        return {"a": self._inside["metrics"][0].compute()}
+
+    def reset(self) -> None:
+        self._inside["metrics"][0].reset()
 
 
 class Plain:
@@ -106,9 +123,17 @@ def test_a_measurement_is_the_same_on_any_number_of_ranks_and_leaves_no_trace(pa
     for other in results[1:]:
         assert_equal(other, results[0])
     last = results[0][-1]
-    assert set(last) == {f"val/{name}" for name in (*metrics(), "both/a", "both/s")} - {"val/both"}
+    assert set(last) == {f"val/{name}" for name in (*metrics(), "both/a", "both/s", "wrapped/a")} - {
+        "val/both",
+        "val/wrapped",
+    }
     assert int(last["val/confusion"].sum()) == 31, "each sample once"
-    assert last["val/both/a"] == last["val/accuracy"] == pytest.approx(float(last["val/confusion"].trace()) / 31)
+    assert (
+        last["val/wrapped/a"]
+        == last["val/both/a"]
+        == last["val/accuracy"]
+        == pytest.approx(float(last["val/confusion"].trace()) / 31)
+    )
 
 
 def assert_equal(one: Any, other: Any) -> None:

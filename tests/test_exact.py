@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from dtrain.training.exactness import name_changed_buffers
 from dtrain.training.norm import exact_norm
 from dtrain.training.order import block
 from dtrain.training.reduce import Pending, Sums, spans
@@ -191,6 +192,54 @@ def test_what_can_not_be_exact_is_named_at_the_start(tmp_path: Path, capfd: pyte
         said.count("reduction='exact': the running statistics of BatchNorm1d follow the micro-batches of rank 0") == 1
     )
     assert "reduction='exact': optimizer: fused optimizers round by where a tensor is cut" in said
+
+
+class Counting(nn.Module):
+    """Scales by how often it was called: written to in place, and put anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+        self.register_buffer("fixed", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.get_buffer("calls").add_(1)
+            self.last = x.detach().mean()
+        return x * self.get_buffer("calls") * self.get_buffer("fixed")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_buffers_that_forward_passes_change_are_named_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], parallel: str
+) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, reduction="exact", parallel=parallel) as run:
+            model = run.parallelize(nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4), Counting(), nn.Linear(4, 5)))
+            optimizer = torch.optim.AdamW(model.parameters())
+            run.track(model=model, optimizer=optimizer)
+            data = run.data(samples())
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    step.backward(model(x).sum(), count=len(y))
+                step.update(optimizer)
+
+    in_world(2, work)
+    said = [line for line in capfd.readouterr().err.splitlines() if "forward passes change" in line]
+    assert len(said) == 1
+    assert "reduction='exact': forward passes change 2.calls, 2.last by a rank's own micro-batches, and" in said[0]
+
+
+def test_a_model_whose_buffers_stay_is_not_watched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4), Counting().eval())
+    told: list[str] = []
+    name_changed_buffers([model], told.append)
+    with torch.no_grad():
+        model(torch.zeros(3, 7))
+    assert model._forward_hooks, "a pass without gradients tells nothing"
+    model(torch.zeros(3, 7))
+    assert (told, len(model._forward_hooks), len(model._forward_pre_hooks)) == ([], 0, 0)
 
 
 def test_an_operator_without_a_deterministic_form_is_an_error_that_names_it(tmp_path: Path) -> None:

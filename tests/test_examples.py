@@ -102,6 +102,14 @@ def test_cancer_is_found_the_same_by_one_and_by_two_ranks(tmp_path: Path) -> Non
     assert again == alone[alone.index("best: step") :]
 
 
+def test_the_digits_are_learned_in_one_process_whose_libraries_have_threads(tmp_path: Path) -> None:
+    given = command("digits", tmp_path, "--epochs", 1)
+    del given["env"]["OMP_NUM_THREADS"]
+    done = subprocess.run(**given, capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(values(tmp_path)) == 22
+
+
 def test_a_flag_that_can_not_be_right_is_named(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="shard_size=1 must be 2 ranks or more, with parallel='hsdp'"):
         run("gpt", tmp_path / "bad", "--shard-size", 1)

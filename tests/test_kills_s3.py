@@ -96,6 +96,16 @@ def test_everything_killed_in_the_middle_of_a_save_goes_on_from_the_save_before(
         assert_ended_as(job, undisturbed, 3)
 
 
+def test_a_start_while_the_server_is_away_says_so_and_begins_when_it_is_back(
+    options: Options, undisturbed: Undisturbed, s3: Server
+) -> None:
+    s3.kill()
+    with start(options, 2) as job:
+        job.until("word of it", lambda: f"{options.run}: no answer from " in job.output.read_text())
+        s3.start()
+        assert_ended_as(job, undisturbed, 2)
+
+
 def test_a_server_that_is_killed_in_the_middle_of_saves_costs_no_bit(
     options: Options, undisturbed: Undisturbed, s3: Server
 ) -> None:

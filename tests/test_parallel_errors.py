@@ -53,7 +53,7 @@ def test_a_meta_parameter_that_nobody_can_fill_is_named(tmp_path: Path) -> None:
     ("options", "ranks", "message"),
     [
         ({"parallel": "none"}, 2, "parallel='none' is for one process, and 2 were started"),
-        ({"parallel": "fsdp", "tensor_parallel": 2}, 3, "3 ranks can't be put into groups of as many"),
+        ({"parallel": "fsdp", "tensor_parallel": 2}, 3, "doesn't divide 3 ranks; start a multiple of 2"),
     ],
 )
 def test_ranks_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, Any], ranks: int, message: str) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import dtrain
+from dtrain.checkpoint import load
 from dtrain.errors import ConfigError
 from dtrain.training.selection import Selection
 from tests.choices import KILLS, Chosen, command, killed, undisturbed
@@ -105,6 +107,7 @@ def test_the_command_shows_the_ranking(tmp_path: Path) -> None:
     assert head.split() == ["step", "val/loss", "committed", "attempt"]
     assert first.split()[:3] == ["1", "2", "1"]
     moved = run.rename(tmp_path / "elsewhere")
+    assert load(moved, {"model": nn.Linear(2, 1)}, step="best").step == 2
     assert json.loads(command("checkpoint", "best", str(moved), "--json").stdout)[0]["step"] == 2
     other = command("checkpoint", "best", str(moved), "--metric", "val/loss", "--mode", "max", "--json")
     assert [row["step"] for row in json.loads(other.stdout)] == [1, 5, 2]

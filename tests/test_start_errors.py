@@ -12,7 +12,7 @@ import torch
 
 import dtrain
 from dtrain.elastic.process import fork
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, UsageError
 from dtrain.observe.events import EVENTS, read_lines
 from tests.saving import commits
 from tests.scripts import run, started
@@ -33,6 +33,9 @@ def events(root: Path, kind: str) -> list[dict[str, object]]:
         (("keep_last", "many"), "keep_last='many' must be a whole number, 2 or more"),
         (("dir", "s3:///run"), "dir='s3:///run' must be like s3://bucket/prefix"),
         (("storage_options", {"region": "x"}), "storage_options (region) are for a dir that is an URL; leave them out"),
+        (("cpu_offload", True), "cpu_offload=True needs parallel='fsdp' or 'hsdp'"),
+        (("tensor_parallel", 2), "tensor_parallel=2 needs parallel='fsdp' or 'hsdp'"),
+        (("unsafe_commit", "no"), "unsafe_commit='no' must be True or False"),
         (("global_batch", 10), "global_batch=10 is no multiple of micro_batch=4; a step is a list of whole"),
     ],
 )
@@ -43,6 +46,14 @@ def test_an_option_that_can_not_be_right_is_named_with_its_value(
     with pytest.raises(ConfigError) as found:
         dtrain.Config(**(options | dict([option])))  # type: ignore[arg-type]
     assert str(found.value).startswith(message)
+
+
+def test_a_launch_of_something_else_is_refused(tmp_path: Path) -> None:
+    config = dtrain.Config(dir=str(tmp_path), global_batch=8, micro_batch=4)
+    with pytest.raises(UsageError, match=r"launch\(function, dict\): give the training function, and a dtrain.Config"):
+        dtrain.launch(lambda run: None, {"dir": "x"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"launch\(NoneType, Config\): give the training function"):
+        dtrain.launch(None, config)  # type: ignore[arg-type]
 
 
 def test_an_unknown_option_ends_a_script_with_a_suggestion(tmp_path: Path) -> None:
@@ -87,6 +98,7 @@ def test_more_ranks_than_micro_batches_are_refused_on_all_and_said_once(tmp_path
     found = run(tmp_path, "--global-batch", 8, "--micro-batch", 8, ranks=2)
     assert_stopped(found.said, found.code, "2 ranks share 1 micro-batches (global_batch=8 / micro_batch=8): start at")
     assert "Traceback (most recent call last)" not in found.err.partition("ChildFailedError")[0].partition("\nTrace")[0]
+    assert "gloo" not in found.err.lower(), "a rank was left alone while it connected"
 
 
 @pytest.mark.parametrize(

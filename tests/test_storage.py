@@ -172,7 +172,7 @@ def test_a_checkpoint_without_a_run_is_read_by_its_own_url(s3: Server) -> None:
     found = {"a": torch.zeros(5)}
     dcp.load(found, storage_reader=Reader.open(f"{url}/step-7"))
     assert torch.equal(found["a"], state["a"])
-    with pytest.raises((ConfigError, NoGoodCheckpoint), match="neither a run nor a checkpoint"):
+    with pytest.raises((ConfigError, NoGoodCheckpoint), match="is no run, no checkpoint and no safetensors"):
         Reader.open(f"{url}/step-8")
 
 
@@ -264,10 +264,28 @@ def test_a_file_system_that_nobody_knows_is_named() -> None:
         storage_at("ftpx://host/run").prepare()
 
 
-def test_what_can_not_be_reached_is_named(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=f"dir='s3://{BUCKET}/x' can't be used") as found:
-        storage_at(f"s3://{BUCKET}/x", {"endpoint_url": "http://127.0.0.1:9", "timeout_s": 0.5}).prepare()
-    assert "http://127.0.0.1:9" in str(found.value)
+def test_a_server_that_does_not_answer_is_named_within_seconds_and_is_no_wrong_option(
+    s3: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = storage_at(f"s3://{BUCKET}/x", {"endpoint_url": "http://127.0.0.1:9", "timeout_s": 6})
+    begun = time.time()
+    with pytest.raises(OSError, match=r"no answer from http://127.0.0.1:9 in \d+ s \(error sending request\)"):
+        storage.prepare()
+    assert time.time() - begun < 12, "it is tried for as long as was asked for"
+    times = {time.strftime("%H:%M:%S", time.localtime(begun + 6 + late)) for late in range(8)}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    line, _, until = said[0].rpartition(" ")
+    assert line == (
+        f"[dtrain] s3://{BUCKET}/x: no answer from http://127.0.0.1:9 for 4 s (Connection refused); it is being tried "
+        "again until"
+    )
+    assert until in times
+    storage_at(f"s3://{BUCKET}/x").prepare()
+    assert capsys.readouterr().err == ""
+
+
+def test_who_is_not_let_in_is_told_so(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-private")
     with pytest.raises(ConfigError, match="SignatureDoesNotMatch") as found:
         storage_at(f"s3://{BUCKET}/x").prepare()

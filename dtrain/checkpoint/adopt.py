@@ -10,7 +10,8 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ def adopt(
     *,
     name: str = "model",
     key: str = "",
+    storage_options: Mapping[str, Any] | None = None,
     progress: Progress = lambda done: None,
 ) -> str:
     """Make a run folder whose only checkpoint, of step 0, is somebody else's weights.
@@ -43,13 +45,14 @@ def adopt(
     :param run: the folder: a new one, or one without any checkpoint.
     :param name: that a run tracks its model by.
     :param key: where in the source the weights are, as dotted names; by default where its own `name` is.
+    :param storage_options: how the run folder is reached where it is an URL.
     :returns: the checkpoint's folder.
     :raises ConfigError: the run folder has checkpoints already.
     :raises StateError: the source has nothing under that name, or what only running code could read.
     """
     key = key or name
     items, tree = source.select(key)
-    storage = storage_at(run)
+    storage = storage_at(run, storage_options)
     storage.prepare()
     log = Log(storage)
     log.refresh()
@@ -72,7 +75,8 @@ def adopt(
         sink.write(bytes(layout.size - end))
         part = Part(file=shard_name(0), size=layout.size, items=layout.items, digests=b"".join(digests))
         part = with_values(part, pickled(text), sink)
-    manifest = Indexes().write(storage, folder, [part], step=0, world_size=1, tree=text, tensors=[layout.tensors])
+    indexes = Indexes()
+    manifest = indexes.write(storage, folder, [part], step=0, world_size=1, tree=text, tensors=[layout.tensors])
     log.append(
         Entry(
             kind="commit",
@@ -81,7 +85,7 @@ def adopt(
             nonce=nonce,
             attempt=attempt,
             manifest=manifest,
-            bytes=part.size,
+            bytes=part.size + indexes.bytes,
             world_size=1,
         )
     )

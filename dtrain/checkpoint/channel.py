@@ -195,6 +195,8 @@ def serve(end: socket.socket, saver: Saver, board: Board) -> None:
                 case "last":
                     saving.submit(saver.last, message["timeout_s"])
                 case "end":
+                    saving.shutdown()
+                    saver.release()
                     return
                 case do:
                     fields = {key: value for key, value in message.items() if key not in ("do", "token")}

@@ -35,9 +35,13 @@ from dtrain.storage.base import Storage
 
 
 class Indexes:
-    """Writes them. What stays the same from save to save is made once."""
+    """Writes them. What stays the same from save to save is made once.
+
+    :ivar bytes: of the two that were written last.
+    """
 
     def __init__(self) -> None:
+        self.bytes = 0
         self._key: object = None
         self._tensors = ""
         self._index = b""
@@ -73,6 +77,7 @@ class Indexes:
             with storage.open_new(f"{folder}/{name}") as sink:
                 sink.write(content)
         storage.seal(folder)
+        self.bytes = len(self._index) + len(data)
         return digest(data)
 
     @staticmethod

@@ -25,7 +25,8 @@ import torch
 
 from dtrain.checkpoint.format import TensorItem
 from dtrain.checkpoint.layout import Sparse
-from dtrain.checkpoint.sources import SAFETENSORS_TYPES, Source
+from dtrain.checkpoint.safetensors import TYPES
+from dtrain.checkpoint.sources import Source
 from dtrain.checkpoint.tree import Tree, decode, dtype_named, leaves_of
 from dtrain.errors import ConfigError, StateError
 from dtrain.storage.local import sync_folder
@@ -126,7 +127,7 @@ def _safetensors(file: str, items: Mapping[str, TensorItem], step: int) -> _File
     end = 0
     # The wide types come first, so that all of them lie at multiples of their width.
     for key, item in sorted(items.items(), key=lambda pair: (-dtype_named(pair[1].dtype).itemsize, pair[0])):
-        kind = SAFETENSORS_TYPES.get(dtype_named(item.dtype))
+        kind = TYPES.get(dtype_named(item.dtype))
         if kind is None:
             raise StateError(f"{key}: safetensors has no type for torch.{item.dtype}; export to a .pt file instead")
         begin, end = end, end + _nbytes(item)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,13 @@ from torch.optim import Optimizer
 from dtrain.checkpoint.format import Manifest
 from dtrain.checkpoint.log import FOLDER, Log
 from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
+from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors
-from dtrain.checkpoint.sources import Source, open_source
+from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX
+from dtrain.checkpoint.sources import WEB, Source, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
-from dtrain.errors import Damaged, NoGoodCheckpoint, StateError, UsageError
+from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.places import is_remote, storage_at
 
 _PARAMETERS = ("params", "param_names")
@@ -56,27 +58,31 @@ def load(
     source: str | os.PathLike[str],
     objects: Mapping[str, Any],
     *,
-    step: int | None = None,
+    step: int | Literal["best"] | None = None,
     only: Iterable[str] = (),
     skip: Iterable[str] = (),
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
     allow_reshaped: Iterable[str] = (),
     allow_retyped: Iterable[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load objects from a run folder, or from whatever else holds weights. With several ranks, all must reach this.
 
     :param source: a run folder, one checkpoint's folder, what stock DCP has saved, safetensors (a file, a folder or an
-        index), or a file of `torch.save`.
+        index), or a file of `torch.save`. Runs, checkpoints and safetensors may be named by their URLs.
     :param objects: by the names that they were tracked under. What else was saved isn't asked for.
-    :param step: which checkpoint of a run folder; without it the newest good one.
+    :param step: which checkpoint of a run folder: the one of a step, or `"best"` by the metric that the run goes by;
+        without it the newest good one.
     :param only: patterns of what is loaded; without any, all is. What isn't chosen is neither loaded nor compared.
     :param skip: patterns of what isn't.
     :param allow_missing: patterns of what the checkpoint may lack; it stays as it is.
     :param allow_unexpected: patterns of what only the checkpoint may have; it is passed over.
     :param allow_reshaped: patterns of what may have another shape now; it stays as it is.
     :param allow_retyped: patterns of what may have another type now; it is converted.
+    :param storage_options: how an URL is reached, see `Config.storage_options`.
     :raises UsageError: the objects aren't given by names.
+    :raises ConfigError: there is nothing of the kind, or the options aren't for it.
     :raises StateError: something differs and isn't allowed, or a pattern matches nothing; nothing has changed then.
     :raises NoGoodCheckpoint: the run has no checkpoint that is good.
     :raises Damaged: a byte isn't what was saved. What the objects hold then is worth nothing.
@@ -88,7 +94,7 @@ def load(
         )
     state = State()
     state.track(objects)
-    found = find(source, step)
+    found = find(source, step, storage_options)
     manifest = found.manifest
     allowed = {
         "missing": _patterns(allow_missing),
@@ -131,43 +137,61 @@ def load(
     return Loaded(manifest.step, tuple(plan.targets), tuple(left), read[0])
 
 
-def find(source: str | os.PathLike[str], step: int | None = None) -> Source:
-    """A run folder's newest good checkpoint, or that of a step; or what else the source holds.
+def find(
+    source: str | os.PathLike[str],
+    step: int | Literal["best"] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Source:
+    """A run folder's newest good checkpoint, or that of a step, or the best; or what else the source holds.
 
     With several ranks, all must reach this: they take the one that rank 0 has found.
 
     :raises: see `open_source`.
     """
+    if storage_options and not is_remote(source):
+        raise ConfigError(f"storage_options ({', '.join(storage_options)}) are for an URL, and {source} is none")
     if not _several_ranks():
-        return _find(source, step)
+        return _find(source, step, storage_options)
     found: list[Source] = []
 
-    def on_rank_0() -> tuple[str, int | None]:
-        found.append(_find(source, step))
+    def on_rank_0() -> tuple[str, Any]:
+        found.append(_find(source, step, storage_options))
         inside = found[0].kind == "checkpoint"
-        return (found[0].place, None) if inside else (str(source), step)
+        return (found[0].place, None) if inside else (str(source), step)  # a run's is inside
 
-    place, step = from_rank_0(on_rank_0)
-    return found[0] if found else open_source(place, step=step)
+    place, number = from_rank_0(on_rank_0)
+    return found[0] if found else open_source(place, step=number, storage_options=storage_options)
 
 
-def _find(path: str | os.PathLike[str], step: int | None) -> Source:
+def _find(
+    path: str | os.PathLike[str], step: int | Literal["best"] | None, storage_options: Mapping[str, Any] | None
+) -> Source:
     """:raises NoGoodCheckpoint: also in place of `Damaged`, which is for what is found while tensors are read."""
+    if step == "best":
+        step = best_step(storage_at(path, storage_options))
     steps: list[int | None] = [step]
-    if step is None and (FOLDER in storage_at(path).names(".") if is_remote(path) else (Path(path) / FOLDER).is_dir()):
-        log = Log(storage_at(path))
+    if step is None and _is_run(path, storage_options):
+        log = Log(storage_at(path, storage_options))
         log.refresh()
         steps = [commit.step for commit in reversed(log.commits())]
     reasons = []
     for candidate in steps:
         try:
-            return open_source(path, step=candidate)
+            return open_source(path, step=candidate, storage_options=storage_options)
         except Damaged as error:
             reasons.append(f"step {candidate}: {error}" if candidate is not None else str(error))
             if len(steps) > 1:
                 warnings.warn(f"checkpoint of step {candidate} is damaged and passed over: {error}", stacklevel=4)
     why = ": ".join([f"{path} has no good checkpoint", "\n  ".join(reasons)] if reasons else [f"{path} has none yet"])
     raise NoGoodCheckpoint(f"{why}; take another step, or bring the files back")
+
+
+def _is_run(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> bool:
+    if not is_remote(path):
+        return (Path(path) / FOLDER).is_dir()
+    if os.fspath(path).startswith(WEB) or os.fspath(path).endswith((SUFFIX, INDEX_SUFFIX)):
+        return False
+    return FOLDER in storage_at(path, storage_options).names(".")
 
 
 class _Choice:

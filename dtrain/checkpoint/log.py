@@ -47,7 +47,7 @@ class Entry:
     manifest: str = ""
     """Digest of the checkpoint's manifest."""
     bytes: int = 0
-    """Of a commit's shard files together."""
+    """Of all of a commit's files together."""
     world_size: int = 0
     """Of the ranks that wrote it."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -222,14 +222,20 @@ class Reader(StorageReader):
         self.bytes_read = 0
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str], step: int | None = None) -> Reader:
+    def open(
+        cls,
+        source: str | os.PathLike[str],
+        step: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Reader:
         """The newest good checkpoint of a run folder, or that of a step; or a checkpoint's own folder.
 
+        :param storage_options: how an URL is reached, see `Config.storage_options`.
         :raises: see `loading.find`.
         """
         from dtrain.checkpoint.loading import find  # which needs this module
 
-        found = find(source, step)
+        found = find(source, step, storage_options)
         return cls(found.storage, found.folder, found.manifest)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

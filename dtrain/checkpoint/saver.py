@@ -22,6 +22,7 @@ import torch.distributed as dist
 from dtrain.checkpoint.agreement import Agreement, Outcome, Report
 from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.format import Part, digest, hash_item
+from dtrain.checkpoint.holder import claimed, holder, released
 from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.slots import Slots, Snapshot
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
@@ -74,14 +75,24 @@ class Saver:
             if run.epoch:
                 run.log.check()
             else:
+                if not self._board.epoch:
+                    run.log.refresh()
+                    if held := holder(self._events, run.log):
+                        self._events.warn(held)
                 # Who takes a dead saver's place goes on with its group's claim, if that is still the newest.
                 run.claim(nonce=f"{self._board.group:016x}", after=self._board.epoch or None)
                 self._board.epoch = run.epoch
+                claimed(self._events, run.epoch)
             for catalog in local:
                 catalog.group = run.epoch
                 if not catalog.epoch:
                     catalog.claim()
             return run.epoch
+
+    def release(self) -> None:
+        """On rank 0, at its end: nothing more is written."""
+        if self._rank == 0 and (epoch := self._catalogs[0].epoch):
+            released(self._events, epoch)
 
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         """On rank 0: mark a checkpoint as bad."""
@@ -195,7 +206,7 @@ class Saver:
             if attempt:
                 catalog.discard(attempt)  # a full disk is not made fuller
             return self._fail(name, error, f"step {snapshot.step} could not be saved in {catalog.storage.root}")
-        size = sum(part.size for part in parts)
+        size = sum(part.size for part in parts) + catalog.indexes.bytes
         try:
             with self._lock:
                 catalog.commit(

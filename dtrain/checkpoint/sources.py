@@ -3,7 +3,7 @@
     a run folder, or its URL        its newest checkpoint that is good, or that of a step
     a checkpoint's folder           with the digest that its run's log has of it, where it lies in a run
     a folder of stock DCP           see `foreign`
-    model.safetensors, its folder, or model.safetensors.index.json
+    model.safetensors, its folder, or model.safetensors.index.json; or the URL of one of them
     a file of torch.save            mapped into memory and read with `weights_only=True`
 
 What comes out is a storage, a folder in it, and a manifest, as of a checkpoint that dtrain has saved. Only that of
@@ -12,7 +12,6 @@ dtrain itself has digests. Nothing is ever run that is in a file.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -29,6 +28,7 @@ from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Man
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.records import load_plain
+from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX, read_safetensors
 from dtrain.checkpoint.state import RUN
 from dtrain.checkpoint.tree import Tree, dtype_name, dtype_named, encode, flatten
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
@@ -36,33 +36,9 @@ from dtrain.storage.base import Storage, looks
 from dtrain.storage.local import LocalStorage
 from dtrain.storage.places import is_remote, storage_at
 
-SAFETENSORS_TYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The types that safetensors knows, with its names for them."""
-
-_INDEX_SUFFIX = ".safetensors.index.json"
-_LONGEST_HEADER = 100_000_000
-"""Bytes. The longest that readers of safetensors take."""
-
 Kind = Literal["checkpoint", "dcp", "safetensors", "torch"]
+Options = Mapping[str, Any] | None
+WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +69,21 @@ class Source:
                 try:
                     self.storage.read_into(file, piece.offset + start, [data])
                 except (EOFError, FileNotFoundError) as error:
-                    raise Damaged(f"{self.storage.root}/{file}: {error}") from error
+                    raise Damaged(f"{self.storage.root}/{file}: {error} ({self._name_of(piece)})") from error
                 if not piece.digests or hash_item(data, block) == piece.digests[16 * number : 16 * number + 16]:
                     break
             else:
                 first = piece.offset + start
                 raise Damaged(
-                    f"{self.storage.root}/{file}: bytes {first} to {first + data.nbytes} are not those that were saved"
+                    f"{self.storage.root}/{file}: bytes {first} to {first + data.nbytes} are not those that were saved "
+                    f"({self._name_of(piece)})"
                 )
             yield start, data
+
+    def _name_of(self, piece: Piece | Chunk) -> str:
+        named: list[tuple[str, Piece | Chunk]] = [*self.manifest.values.items()]
+        named += [(name, chunk) for name, item in self.manifest.tensors.items() for chunk in item.chunks]
+        return next(name for name, known in named if known is piece)
 
     def payload(self, item: TensorItem, chunk: Chunk) -> Iterator[tuple[int, memoryview]]:
         """A box's own bytes, each part with its place in the box."""
@@ -157,24 +139,36 @@ class Source:
             raise StateError(f"{self.place}: {name} holds no tensors")
         return items, renamed(tree, before, "")
 
+    def besides(self, name: str) -> list[str]:
+        """What `select(name)` leaves out, each as the shortest name that stands for all of it."""
+        found: list[str] = []
+        tree, before = self.manifest.tree, ""
+        for part in name.split("."):
+            found += [f"{before}{key}" for key in tree if key != part and f"{before}{key}" != RUN]
+            tree, before = tree[part], f"{before}{part}."
+        return sorted(dict.fromkeys([*found, *self.refused]))
 
-def open_source(path: str | os.PathLike[str], *, step: int | None = None, name: str = "model") -> Source:
+
+def open_source(
+    path: str | os.PathLike[str], *, step: int | None = None, name: str = "model", storage_options: Options = None
+) -> Source:
     """Open what may hold weights, by looking at it.
 
     :param step: which checkpoint of a run folder; without it the newest one.
     :param name: what weights are called that have no name of their own, as those of safetensors.
+    :param storage_options: how an URL is reached, see `Config.storage_options`.
     :raises ConfigError: there is nothing of the kind, or no such step.
     :raises NoGoodCheckpoint: the run has committed nothing, or the checkpoint that was asked for is bad.
     :raises Damaged: it isn't what was saved.
     :raises StateError: it holds what can't be read without running code.
     """
     if is_remote(path):
-        return _of_url(os.fspath(path).rstrip("/"), step)
+        return _of_url(os.fspath(path).rstrip("/"), step, name, storage_options)
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} doesn't exist")
     if path.is_dir() and (path / FOLDER).is_dir():
-        return _of_run(str(path), step)
+        return _of_run(LocalStorage(str(path)), step)
     if step is not None:
         raise ConfigError(f"step={step} can be asked of a run folder only, and {path} is none")
     if path.name == METADATA or path.name == MANIFEST:
@@ -186,34 +180,38 @@ def open_source(path: str | os.PathLike[str], *, step: int | None = None, name: 
             storage, manifest, refused = read_stock(str(path))
             manifest = _named(manifest, name)
             return Source(place=str(path), kind="dcp", storage=storage, folder=".", manifest=manifest, refused=refused)
-        found = sorted(path.glob(f"*{_INDEX_SUFFIX}")) or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            what = "several files of safetensors; name one of them" if found else "neither a run nor weights in it"
-            raise ConfigError(f"{path} has {what}")
-        path = found[0]
-    if path.name.endswith((".safetensors", ".json")):
-        manifest = _of_safetensors(path, name)
-        return Source(
-            place=str(path), kind="safetensors", storage=LocalStorage(str(path.parent)), folder=".", manifest=manifest
-        )
+        return _of_safetensors(LocalStorage(str(path)), "", name)
+    if path.name.endswith((SUFFIX, ".json")):
+        return _of_safetensors(LocalStorage(str(path.parent)), path.name, name)
     return _of_torch_save(path, name)
 
 
-def _of_url(url: str, step: int | None) -> Source:
+def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
+    if url.startswith(WEB):
+        raise ConfigError(f"{url}: of the web dtrain reads nothing; copy the files to a disk and name them there")
     run, _, attempt = url.rpartition(f"/{CHECKPOINTS}/")
     if run and step is None:
-        return _of_attempt(run, attempt)
-    storage = storage_at(url)
+        return _of_attempt(storage_at(run, options), attempt)
+    if url.endswith((SUFFIX, INDEX_SUFFIX)):
+        folder, _, file = url.rpartition("/")
+        return _of_safetensors(storage_at(folder, options), file, name)
+    storage = storage_at(url, options)
     if FOLDER in storage.names("."):
-        return _of_run(url, step)
-    if MANIFEST in storage.files("."):
+        return _of_run(storage, step)
+    files = storage.files(".")
+    if MANIFEST in files:
         manifest = Manifest.from_json(storage.read(MANIFEST))
         return Source(place=url, kind="checkpoint", storage=storage, folder=".", manifest=manifest)
-    raise ConfigError(f"{url} is neither a run nor a checkpoint; of other weights dtrain reads files on a disk only")
+    if any(file.endswith(SUFFIX) for file in files):
+        return _of_safetensors(storage, "", name)
+    raise ConfigError(
+        f"{url} is no run, no checkpoint and no safetensors, which are what dtrain reads of an URL; copy other weights "
+        "to a disk and name them there"
+    )
 
 
-def _of_run(path: str, step: int | None) -> Source:
-    storage = storage_at(path)
+def _of_run(storage: Storage, step: int | None) -> Source:
+    path = storage.root
     log = Log(storage)
     log.refresh()
     commits = log.commits()
@@ -238,15 +236,15 @@ def of_commit(storage: Storage, commit: Entry) -> Source:
 def _of_checkpoint(path: Path) -> Source:
     run = path.resolve().parent.parent
     if path.resolve().parent.name == CHECKPOINTS and (run / FOLDER).is_dir():
-        return _of_attempt(str(run), path.resolve().name)
+        return _of_attempt(LocalStorage(str(run)), path.resolve().name)
     # A copy that somebody has made: there is nobody to ask for the digest of the manifest.
     manifest = Manifest.from_json((path / MANIFEST).read_bytes())
     return Source(place=str(path), kind="checkpoint", storage=LocalStorage(str(path)), folder=".", manifest=manifest)
 
 
-def _of_attempt(run: str, attempt: str) -> Source:
+def _of_attempt(storage: Storage, attempt: str) -> Source:
     """:raises NoGoodCheckpoint: the run's log doesn't know it as a good one."""
-    storage = storage_at(run)
+    run = storage.root
     log = Log(storage)
     log.refresh()
     for entry in log.entries:
@@ -258,54 +256,19 @@ def _of_attempt(run: str, attempt: str) -> Source:
     raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} was never committed, or is about to be deleted")
 
 
-def _of_safetensors(path: Path, name: str) -> Manifest:
-    """Of one file, or of the several that an index names."""
-    try:
-        if path.name.endswith(".json"):
-            where: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
-            for file in where.values():
-                if "/" in file or file in ("", ".", ".."):
-                    raise StateError(f"{path} leads to {file!r}, out of its folder; it is not opened")
-            files = sorted(set(where.values()))
-        else:
-            where, files = {}, [path.name]
-        tensors: dict[str, TensorItem] = {}
-        for file in files:
-            for key, item in _safetensors_items(path.parent / file).items():
-                if where and where.get(key) != file:
-                    continue
-                tensors[key] = item
-        if missing := sorted(where.keys() - tensors.keys()):
-            raise ValueError(f"{missing[0]} is not in the file that the index names")
-        sizes = {file: (path.parent / file).stat().st_size for file in files}
-    except FileNotFoundError as error:
-        raise StateError(f"{path}: the file {error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StateError(f"{path} is no safetensors that can be read ({error})") from error
-    return _named(_manifest(tensors, {key: {"$tensor": key} for key in tensors}, sizes), name)
-
-
-def _safetensors_items(path: Path) -> dict[str, TensorItem]:
-    types = {name: dtype for dtype, name in SAFETENSORS_TYPES.items()}
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_LONGEST_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in {path.name}, which has {size}")
-        header: dict[str, Any] = json.loads(file.read(length))
-    items = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        if entry["dtype"] not in types:
-            raise StateError(f"{path}: {key} is of type {entry['dtype']}, which dtrain can't read")
-        dtype, shape, (begin, end) = types[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
-        start = 8 + length + begin
-        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
-            raise ValueError(f"{key} of shape {shape} can't lie at bytes {begin} to {end}")
-        chunk = Chunk(path.name, start, end - begin, b"", 0, [0] * len(shape), shape)
-        items[key] = TensorItem(dtype_name(dtype), shape, [chunk])
-    return items
+def _of_safetensors(storage: Storage, file: str, name: str) -> Source:
+    """:param file: in the storage; empty is the only one there, or the index of all of them."""
+    if not file:
+        names = list(storage.files("."))
+        found = [n for n in names if n.endswith(INDEX_SUFFIX)] or [n for n in names if n.endswith(SUFFIX)]
+        if len(found) != 1:
+            what = "several files of safetensors; name one of them" if found else "neither a run nor weights in it"
+            raise ConfigError(f"{storage.root} has {what}")
+        file = found[0]
+    tensors, sizes = read_safetensors(storage, file)
+    manifest = _named(_manifest(tensors, {key: {"$tensor": key} for key in tensors}, sizes), name)
+    place = f"{storage.root}/{file}"
+    return Source(place=place, kind="safetensors", storage=storage, folder=".", manifest=manifest)
 
 
 def _of_torch_save(path: Path, name: str) -> Source:

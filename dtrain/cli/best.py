@@ -6,18 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.format import MANIFEST
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.policy import best_of
-from dtrain.checkpoint.reader import read_manifest
-from dtrain.checkpoint.state import position_of
-from dtrain.cli.table import local_time, print_json, print_table
+from dtrain.checkpoint.ranking import criterion_of
+from dtrain.cli.table import local_time, print_json, print_table, width
 from dtrain.cli.transfer import RunArg, open_run
 from dtrain.criteria import Best as Criterion
 from dtrain.criteria import Mode
-from dtrain.errors import Damaged, StateError
+from dtrain.errors import StateError
 from dtrain.storage.base import Storage
+
+_WIDE, _COLUMN = 90, 16
+"""Columns that the table takes in a terminal, and that each other metric does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class Best:
         if self.json:
             print_json([_row(entry, criterion) for entry in found])
         elif found:
-            names = [criterion.metric, *others]
+            room = width()
+            fits = room is None or len(others) * _COLUMN + _WIDE <= room
+            names = [criterion.metric, *(others if fits else ())]
             print_table(
                 ["", "step", *names, "committed", "attempt"],
                 [
@@ -68,7 +70,7 @@ class Best:
     def _criterion(self, storage: Storage, log: Log) -> Criterion:
         """:raises StateError: it isn't known what to go by."""
         known = sorted({name for entry in log.commits() for name in entry.metrics})
-        by = _of_the_run(storage, log)
+        by = criterion_of(storage, log)
         metric, mode = self.metric or (by.metric if by else None), self.mode
         if mode is None and by is not None and by.metric == metric:
             mode = by.mode
@@ -83,18 +85,6 @@ class Best:
                 f"{self.folder}: no checkpoint has {metric!r}; they have: {', '.join(known) or 'no metrics'}"
             )
         return Criterion(metric, mode, k=max(1, len(log.commits())), on_training=True)
-
-
-def _of_the_run(storage: Storage, log: Log) -> Criterion | None:
-    """What the run goes by, as its newest checkpoint remembers it."""
-    for entry in reversed(log.commits()):
-        try:
-            _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{entry.attempt}", MANIFEST, entry.manifest)
-        except Damaged:
-            continue
-        by = position_of(manifest).get("selection", {}).get("by")
-        return Criterion(**by) if by else None
-    return None
 
 
 def _row(entry: Entry, criterion: Criterion) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dtrain.checkpoint.tree import dtype_named
 from dtrain.cli.best import Best
 from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
-from dtrain.cli.transfer import Export, Import, RunArg, Verify, commit_at, open_run, still_there
+from dtrain.cli.transfer import Export, Import, RunArg, StorageOptions, Verify, commit_at, open_run, still_there
 from dtrain.errors import Damaged
 from dtrain.storage.base import Storage
 
@@ -60,6 +60,7 @@ class List:
     """List the checkpoints of a run, the newest last.
 
     `good` means that its manifest and the sizes of its files are right; `dtrain checkpoint verify` reads the rest too.
+    The size is that of all its files.
     """
 
     folder: RunArg
@@ -67,12 +68,14 @@ class List:
     all: bool = False
     """Show deleted checkpoints too."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: a list of {step, epoch, time, ranks, bytes, attempt, state, reason}. The state is good, bad, damaged
     or retired; ranks and bytes are null where nobody knows them any more."""
 
     def run(self) -> int:
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         rows = [self._row(storage, log, entry) for entry in log.entries if entry.kind == "commit"]
         rows = [row for row in rows if self.all or row["state"] != "retired"]
         if self.json:
@@ -112,8 +115,8 @@ class List:
         state, reason = state_of(log, entry)
         if state != "retired":
             try:
-                _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{entry.attempt}", MANIFEST, entry.manifest)
-                ranks, size = manifest.world_size, sum(manifest.files.values())
+                data, manifest = read_manifest(storage, f"{CHECKPOINTS}/{entry.attempt}", MANIFEST, entry.manifest)
+                ranks, size = manifest.world_size, sum(manifest.files.values()) + len(data)
             except Damaged as error:
                 log.refresh()  # a run that goes on may just have deleted it
                 if state_of(log, entry)[0] == "retired":
@@ -147,13 +150,15 @@ class Show:
     values: str | None = None
     """Show all plain values whose names fit this pattern."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: {step, epoch, time, attempt, torch, ranks, objects: [{name, tensors, elements, bytes, values}],
     files: [{file, bytes, chunks}], values: {name: text}, tensors: [{name, dtype, shape, bytes,
     chunks: [{file, offset, length, offsets, sizes}]}]}."""
 
     def run(self) -> int:
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         commit = commit_at(self.folder, log, self.step)
         manifest = _manifest(storage, commit)
         tensors = [t for t in _tensors(manifest) if fnmatch.fnmatchcase(t["name"], self.tensors or "*")]
@@ -242,12 +247,14 @@ class Diff:
     all: bool = False
     """List everything that differs, however long the list is."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: {equal, changed, only_old, only_new, unknown: [name], reshaped, values: {name: [old, new]}}. Unknown
     are tensors that were cut in another way."""
 
     def run(self) -> int:
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         old, new = (_manifest(storage, commit_at(self.folder, log, step)) for step in (self.old, self.new))
         found = compare(old, new)
         if self.json:

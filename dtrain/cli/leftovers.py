@@ -11,7 +11,7 @@ from typing import NamedTuple
 from dtrain.checkpoint.catalog import ABANDONED_S, CHECKPOINTS, epoch_of
 from dtrain.checkpoint.log import Log
 from dtrain.cli.table import print_json, print_table, size_text
-from dtrain.cli.transfer import RunArg, open_run
+from dtrain.cli.transfer import RunArg, StorageOptions, open_run
 from dtrain.config import Interval
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Distant, Storage
@@ -43,6 +43,8 @@ class Gc:
     delete: bool = False
     """Delete it."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: a list of {path, bytes, reason, deleted}."""
 
@@ -50,7 +52,7 @@ class Gc:
         grace = Interval.parse(self.grace, "--grace")
         if grace.unit != "seconds":
             raise ConfigError(f"--grace {self.grace}: give a time, such as 90s, 10m or 2h")
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         before = time.time() - grace.amount
         found = [left for left in _leftovers(storage, log) if left.changed < before]
         if self.delete:

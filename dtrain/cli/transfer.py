@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,18 +23,50 @@ from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
 from dtrain.storage.base import Storage
-from dtrain.storage.places import storage_at
+from dtrain.storage.places import is_remote, storage_at
 
+StorageOptions = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="NAME=VALUE",
+        help="How an URL is reached, as `Config.storage_options` has it: endpoint_url=http://host:9000, region=..., "
+        "profile=..., path_style=true. Once for each option.",
+        help_behavior_hint="",
+    ),
+]
 RunArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN", help="The run folder, or its URL.")]
 _GB = 1_000_000_000
 _PATIENCE_S = 20.0
 """With a server that doesn't answer."""
+_TEXTS = ("client", "endpoint_url", "region", "profile")
+"""Options that are text even where they look like a number, as a profile's name may."""
 
 
-def open_run(folder: str) -> tuple[Storage, Log]:
+def reached(given: Sequence[str], *places: str) -> dict[str, Any]:
+    """How places are reached: the options that were given as NAME=VALUE.
+
+    :raises ConfigError: one has another form, or no place is an URL.
+    """
+    options: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--storage-option {text}: give NAME=VALUE, such as endpoint_url=http://host:9000")
+        options[name] = value
+        if name not in _TEXTS:
+            with contextlib.suppress(ValueError):  # numbers, true and false
+                options[name] = json.loads(value)
+    if options and not any(map(is_remote, places)):
+        raise ConfigError(f"--storage-option {given[0]} is for an URL, and {places[0]} is none; leave it out")
+    return options
+
+
+def open_run(folder: str, storage_option: Sequence[str] = ()) -> tuple[Storage, Log]:
     """:raises ConfigError: it is no run folder."""
     # Somebody sits in front of it.
-    storage = storage_at(folder, {"timeout_s": _PATIENCE_S} if folder.startswith("s3://") else None)
+    patience = {"timeout_s": _PATIENCE_S} if folder.startswith("s3://") else {}
+    storage = storage_at(folder, patience | reached(storage_option, folder))
     log = Log(storage)
     log.refresh()
     if not log.entries and not log.broken and not (Path(folder) / FOLDER).is_dir():
@@ -99,6 +132,8 @@ class Verify:
     all: bool = False
     """All checkpoints, also those known to be bad."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: {checkpoints: [{step, attempt, bytes, seconds, deleted, faults}], log: [fault]}. A fault is
     {file, start, stop, name, what}, with the range of bytes and the tensor's name."""
@@ -106,7 +141,7 @@ class Verify:
     def run(self) -> int:
         if self.all and self.step is not None:
             raise ConfigError(f"--all and --step {self.step} together: give one of them")
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         faults = verify_log(storage, log)
         wanted: list[Entry] = []
         if self.all:
@@ -161,6 +196,8 @@ class Export:
     force: bool = False
     """Replace what an earlier export has written there."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: {files, tensors, bytes, left_out, converted}."""
 
@@ -169,7 +206,8 @@ class Export:
             raise ConfigError(f"--shard-gb {self.shard_gb}: give a size above 0")
         if re.match(r"\w+:/", str(self.destination)):
             raise ConfigError(f"{self.destination}: an export goes to a disk; copy it from there")
-        source = open_source(self.source, step=self.step, name=self.object)
+        options = reached(self.storage_option, self.source)
+        source = open_source(self.source, step=self.step, name=self.object, storage_options=options)
         started = time.monotonic()
         size = _bytes_of(source, "" if self.all else self.object)
         with still_there(source.storage, source.folder), bar("export", size) as progress:
@@ -201,8 +239,9 @@ class Import:
     """Make a run folder whose checkpoint of step 0 is somebody else's weights, with digests from then on.
 
     The source is safetensors (a file, its folder, or the index of several), a file of torch.save, a folder that stock
-    torch.distributed.checkpoint has saved, or a run folder. Nothing in it is run: what needs more than tensors and
-    plain values is refused by name.
+    torch.distributed.checkpoint has saved, or a run folder. Safetensors and runs may also be named by their URLs.
+    Nothing in it is run: what needs more than tensors and plain values is refused by name. What the source holds
+    besides the weights is named, and left out.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
@@ -220,19 +259,28 @@ class Import:
     step: int | None = None
     """Which checkpoint, if the source is a run folder."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
-    """Print JSON: {folder, bytes}."""
+    """Print JSON: {folder, bytes, left_out}."""
 
     def run(self) -> int:
-        source = open_source(self.source, step=self.step, name=self.key or self.object)
+        options = reached(self.storage_option, self.source, self.folder)
+        key = self.key or self.object
+        source = open_source(self.source, step=self.step, name=key, storage_options=options)
         started = time.monotonic()
-        size = _bytes_of(source, self.key or self.object)
+        size = _bytes_of(source, key)
         with still_there(source.storage, source.folder), bar("import", size) as progress:
-            folder = adopt(source, self.folder, name=self.object, key=self.key, progress=progress.update)
+            folder = adopt(
+                source, self.folder, name=self.object, key=key, storage_options=options, progress=progress.update
+            )
+        left_out = source.besides(key)
         if self.json:
-            print_json({"folder": folder, "bytes": size})
-        else:
-            print(f"{self.folder}/{folder}: {_speed(size, time.monotonic() - started)}, from {source.place}")
+            print_json({"folder": folder, "bytes": size, "left_out": left_out})
+            return 0
+        print(f"{self.folder}/{folder}: {_speed(size, time.monotonic() - started)}, from {source.place}")
+        if left_out:
+            print(f"left out, as it isn't in {key}: {_some(left_out)}")
         return 0
 
 

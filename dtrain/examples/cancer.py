@@ -32,7 +32,6 @@ from torch.utils.data import TensorDataset
 import dtrain
 from dtrain.checkpoint import load
 from dtrain.errors import ConfigError
-from dtrain.examples.best import best_model
 from dtrain.training.evaluate import Metric
 
 _PARTS = (0.6, 0.2)
@@ -91,8 +90,7 @@ class RecallAtPrecision:
     def __init__(self, precision: float) -> None:
         from torchmetrics.classification import BinaryRecallAtFixedPrecision
 
-        # Rank 0 has the outputs of all ranks: without this, it would wait here for metrics of the others.
-        self._metric = BinaryRecallAtFixedPrecision(precision, sync_on_compute=False)
+        self._metric = BinaryRecallAtFixedPrecision(precision)
 
     def update(self, scores: Tensor, targets: Tensor) -> None:
         self._metric.update(scores, targets)
@@ -196,9 +194,10 @@ def train(run: dtrain.Run, *, options: Options, split: Split, metrics: dict[str,
 
 def judge(run: dtrain.Run, split: Split, metrics: dict[str, Metric]) -> None:
     """What the best model is worth, on data that had no part in choosing it."""
-    number, recall = best_model(run)
+    assert run.best is not None
+    number, recall = run.best
     best = Network().to(run.device)
-    load(run.config.dir, {"model": best}, step=number)
+    load(run.config.dir, {"model": best}, step="best")
     threshold = run.evaluate(best, split.validation, metrics, outputs=scores)["val/at_precision/threshold"]
 
     def decided(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ from torch.utils.data import TensorDataset
 
 import dtrain
 from dtrain.errors import ConfigError
-from dtrain.examples.best import best_model
 from dtrain.training.evaluate import Metric
 
 _HELD_OUT = 5
@@ -151,9 +150,8 @@ def train(run: dtrain.Run, *, options: Options, pictures: Tensor, labels: Tensor
                 told = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
                 print(f"epoch {step.number // epoch}: loss {step.loss:.4f}, {told}", flush=True)
 
-    best, value = best_model(run)
-    if run.is_first:
-        print(f"best: step {best}, accuracy {value:.4f}", flush=True)
+    if run.is_first and run.best is not None:
+        print("best: step {}, accuracy {:.4f}".format(*run.best), flush=True)
 
 
 def start(options: Options) -> None:

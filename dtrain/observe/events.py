@@ -22,6 +22,8 @@ from typing import Any
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 _FLUSH_S = 0.2
+_TAIL_BYTES = 1 << 18
+"""Of the events, where the newest of a kind is looked for."""
 
 
 class Events:
@@ -39,6 +41,22 @@ class Events:
                 os.write(descriptor, line.encode())
             finally:
                 os.close(descriptor)
+
+    def newest(self, event: str) -> dict[str, Any] | None:
+        """The last one of a kind; None if there is none of late."""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            found = [line for line in _lines(file.read()) if line.get("event") == event]
+            return found[-1] if found else None
+        return None
+
+    def touched(self) -> float:
+        """When the run has last written to its events or metrics, in Unix time; 0 if it never has."""
+        times = [0.0]
+        for path in (self._path, self._path.with_name(METRICS)):
+            with contextlib.suppress(OSError):
+                times.append(path.stat().st_mtime)
+        return max(times)
 
     def warn(self, message: str) -> None:
         """Record a warning and show it."""
@@ -79,6 +97,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         return
+    yield from _lines(data)
+
+
+def _lines(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:
             value = json.loads(line)

@@ -8,14 +8,16 @@ it has written has won, whatever was answered.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
+import sys
 import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dtrain.errors import ConfigError
 from dtrain.storage.base import inside
@@ -23,6 +25,9 @@ from dtrain.storage.base import inside
 _TRIES = 6
 _BACK_OFF_S = 0.1
 """Before the second try; twice as long before each one after it, and anything between nothing and that."""
+
+SILENT_S = 4.0
+"""A server that hasn't answered by then is named: somebody may sit there and wonder."""
 
 
 class ObjectStorage(ABC):
@@ -41,14 +46,18 @@ class ObjectStorage(ABC):
         self.root = root.rstrip("/")
         self._unsafe = unsafe_commit
         self._opening = threading.Lock()
+        self._told = 0.0
 
     def prepare(self) -> None:
         """See `Storage`.
 
         :raises ConfigError: it can't be written to, or can't create a file exclusively.
+        :raises OSError: nobody answers, which may pass.
         """
         probe = f".probe.{uuid.uuid4().hex}"
         try:
+            with self.silence_told():
+                self._find(probe)
             self._create_or_find(probe, b"first")
             try:
                 self._create_or_find(probe, b"second")
@@ -56,7 +65,7 @@ class ObjectStorage(ABC):
             except FileExistsError:
                 refused = self.read(probe) == b"first"
             self._delete(probe)
-        except OSError as error:
+        except (PermissionError, FileNotFoundError) as error:
             raise ConfigError(f"dir={self.root!r} can't be used: {error}") from error
         if refused or self._unsafe:
             return
@@ -99,6 +108,29 @@ class ObjectStorage(ABC):
         """For messages."""
         return f"{self.root}/{path}"
 
+    @contextlib.contextmanager
+    def silence_told(self) -> Iterator[None]:
+        """Where the block takes long, say who doesn't answer: a client tries again for minutes, without a word."""
+        until = time.time() + self.patience_s
+
+        def tell() -> None:
+            if time.time() > self._told:
+                self._told = until
+                sys.stderr.write(f"[dtrain] {self._silence(until)}\n")
+                sys.stderr.flush()
+
+        timer = threading.Timer(SILENT_S, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _silence(self, until: float) -> str:
+        """What to say of a server that doesn't answer. :param until: Unix time."""
+        return f"{self.root}: no answer for {SILENT_S:.0f} s; it is still being waited for"
+
     @abstractmethod
     def read(self, path: str) -> bytes:
         """See `Storage`."""
@@ -131,7 +163,7 @@ class ObjectStorage(ABC):
             try:
                 self._put_new(path, data)
                 return
-            except PermissionError:
+            except (PermissionError, FileNotFoundError):  # there is no such bucket
                 raise
             except OSError as error:
                 failure = error

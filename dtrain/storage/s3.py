@@ -13,19 +13,22 @@ import contextlib
 import errno
 import importlib.util
 import os
-import queue
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from dtrain.errors import ConfigError, UsageError
 from dtrain.storage.aws import addressed, boto_errors, checked, credentials, split
 from dtrain.storage.base import Buffer, File, HalfMade, Sink, inside
-from dtrain.storage.objects import ObjectStorage
+from dtrain.storage.objects import SILENT_S, ObjectStorage
+from dtrain.storage.upload import Upload
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -44,6 +47,7 @@ _MOST_TRIES = 10_000
 """The time decides, not the number: a server that is away for a minute costs no save."""
 _LOOKS = 4
 _MOST_PAUSE_S = 5.0
+_PORTS = {"http": 80, "https": 443}
 
 _started_in = 0
 """The process that has used the client: its children can't."""
@@ -85,7 +89,8 @@ class S3Storage(ObjectStorage):
             return [item["path"] for chunk in obstore.list(store, name, offset=f"{name}/{after}") for item in chunk]
 
         if after:  # of a folder without folders in it: the server begins at the right place
-            paths = self._look(folder, behind)
+            with self.silence_told():
+                paths = self._look(folder, behind)
         else:
             listed = self._list(folder)
             paths = [*listed["common_prefixes"], *(item["path"] for item in listed["objects"])]
@@ -106,7 +111,7 @@ class S3Storage(ObjectStorage):
                 )
 
         with ThreadPoolExecutor(1) as pool:
-            sink = _Sink(part_bytes, lambda parts: pool.submit(upload, parts))
+            sink = Upload(part_bytes, lambda parts: pool.submit(upload, parts))
             try:
                 yield sink
             except BaseException as error:
@@ -146,7 +151,7 @@ class S3Storage(ObjectStorage):
     def _put_new(self, path: str, data: bytes) -> None:
         import obstore
 
-        with self._errors(path):
+        with self.silence_told(), self._errors(path):
             obstore.put(self._store(), self._name(path), data, mode="create", use_multipart=False)
 
     def _put(self, path: str, data: bytes) -> None:
@@ -185,7 +190,23 @@ class S3Storage(ObjectStorage):
     def _list(self, folder: str) -> Any:
         import obstore
 
-        return self._look(folder, lambda store, name: obstore.list_with_delimiter(store, name or None))
+        with self.silence_told():
+            return self._look(folder, lambda store, name: obstore.list_with_delimiter(store, name or None))
+
+    def _silence(self, until: float) -> str:
+        where = addressed(self._options)
+        server = where["endpoint_url"] or f"https://s3.{where['region']}.amazonaws.com"
+        parts = urlsplit(server)
+        why = ""
+        if not getproxies():
+            try:
+                socket.create_connection((parts.hostname, parts.port or _PORTS[parts.scheme]), _CONNECT_S).close()
+            except OSError as error:
+                why = f" ({error.strerror or error})"
+        return (
+            f"{self.root}: no answer from {server} for {SILENT_S:.0f} s{why}; it is being tried again until "
+            f"{time.strftime('%H:%M:%S', time.localtime(until))}"
+        )
 
     def _size(self, path: str) -> int:
         import obstore
@@ -290,73 +311,12 @@ class S3Storage(ObjectStorage):
             raise
 
 
-class _Sink:
-    """Takes what is written. What is more than one part goes to an upload in a thread of its own, part by part.
-
-    :param begin: starts the upload of what an iterator gives.
-    """
-
-    def __init__(self, part_bytes: int, begin: Callable[[Iterator[Buffer]], Future[None]]) -> None:
-        self.written = 0
-        self.kept: list[Buffer] = []
-        """All of it, if that is no more than one part."""
-        self._part_bytes = part_bytes
-        self._begin = begin
-        self._upload: Future[None] | None = None
-        self._queue: queue.Queue[Buffer | BaseException | None] = queue.Queue(1)
-
-    def write(self, data: Buffer) -> None:
-        self.written += memoryview(data).nbytes
-        if self._upload is not None:
-            self._hand_over(data)
-            return
-        self.kept.append(data)
-        if self.written > self._part_bytes:
-            self._upload = self._begin(self._parts())
-            kept, self.kept = self.kept, []
-            for part in kept:
-                self._hand_over(part)
-
-    def finish(self) -> bool:
-        """Nothing more comes. :returns: whether there was an upload, which has succeeded now."""
-        if self._upload is None:
-            return False
-        self._hand_over(None)
-        self._upload.result()
-        return True
-
-    def give_up(self, error: BaseException) -> None:
-        """Nothing more comes, and what there is is to be thrown away."""
-        if self._upload is not None:
-            with contextlib.suppress(OSError, _GivenUp):
-                self._hand_over(error)
-                self._upload.result()
-
-    def _hand_over(self, part: Buffer | BaseException | None) -> None:
-        """:raises OSError: the upload has failed."""
-        assert self._upload is not None
-        while True:
-            if self._upload.done():
-                self._upload.result()
-                raise OSError("the upload has ended early")
-            with contextlib.suppress(queue.Full):
-                self._queue.put(part, timeout=0.1)
-                return
-
-    def _parts(self) -> Iterator[Buffer]:
-        while (part := self._queue.get()) is not None:
-            if isinstance(part, BaseException):
-                raise _GivenUp from part
-            yield part
-
-
-class _GivenUp(Exception):
-    """An upload's writer has failed."""
-
-
 def _reason(error: BaseException) -> str:
     """The first line of a message, and the server's own words if it gave any."""
     text = str(error)
+    silent = re.search(r"performing \w+ (\w+://[^/\s]+)\S* in ([\d.]+)s.* - HTTP error: (.*)", text)
+    if silent:
+        return f"no answer from {silent[1]} in {float(silent[2]):.0f} s ({silent[3]})"
     said = re.search(r"<Code>(.*?)</Code>(?:.*?<Message>(.*?)</Message>)?", text, re.DOTALL)
     if said:
         return f"{said[1]}: {said[2]}" if said[2] else said[1]

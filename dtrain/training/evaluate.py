@@ -148,11 +148,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _alone(metric: Metric) -> None:
-    """Keep torchmetrics from adding up over the ranks what rank 0 has the whole of."""
-    for part in metric.modules() if isinstance(metric, nn.Module) else ():
-        if hasattr(part, "distributed_available_fn"):
-            part.__dict__["distributed_available_fn"] = _never
+def _alone(thing: object, seen: set[int] | None = None) -> None:
+    """Keep torchmetrics, wherever in it, from adding up over the ranks what rank 0 has the whole of."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, list | tuple | dict):
+        for part in thing.values() if isinstance(thing, dict) else thing:
+            _alone(part, seen)
+    elif callable(getattr(thing, "update", None)) and callable(getattr(thing, "compute", None)):
+        if hasattr(thing, "distributed_available_fn"):
+            thing.__dict__["distributed_available_fn"] = _never
+        for part in getattr(thing, "__dict__", {}).values():
+            _alone(part, seen)
 
 
 def _never() -> bool:

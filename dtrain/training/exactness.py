@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,47 @@ def inexact_parts(state: State, models: Iterable[nn.Module]) -> Iterator[str]:
     for name, value in state.objects.items():
         if isinstance(value, Optimizer) and any(group.get("fused") for group in value.param_groups):
             yield f"{name}: fused optimizers round by where a tensor is cut; leave fused out with parallel='fsdp'"
+
+
+def name_changed_buffers(models: Iterable[nn.Module], tell: Callable[[str], object]) -> None:
+    """Tell which buffers the first forward pass for training changes, as nothing else does: it can't be seen before."""
+    for model in dict.fromkeys(map(bare, models)):
+        _watch(model, tell)
+
+
+def _watch(model: nn.Module, tell: Callable[[str], object]) -> None:
+    known = {
+        name.lstrip(".")
+        for prefix, module in model.named_modules()
+        if _has_running_statistics(module)  # they are named at the start
+        for name in (f"{prefix}.{key}" for key, _ in module.named_buffers(recurse=False))
+    }
+    before: dict[str, tuple[int, int]] = {}
+
+    def marks() -> dict[str, tuple[int, int]]:
+        # Whether it is written to in place, or another tensor takes its place.
+        return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers() if name not in known}
+
+    def enter(*_: Any) -> None:
+        if model.training and torch.is_grad_enabled():
+            before.update(marks())
+
+    def leave(*_: Any) -> None:
+        if not before:
+            return
+        changed = [name for name, mark in marks().items() if before.get(name) != mark]
+        before.clear()
+        entering.remove()
+        leaving.remove()
+        if changed:
+            tell(
+                f"forward passes change {', '.join(changed)} by a rank's own micro-batches, and which those are "
+                "depends on the number of ranks; where training uses them, the result does too"
+            )
+
+    if any(name not in known for name, _ in model.named_buffers()):
+        entering = model.register_forward_pre_hook(torch.compiler.disable(enter))
+        leaving = model.register_forward_hook(torch.compiler.disable(leave))
 
 
 def _has_running_statistics(module: nn.Module) -> bool:

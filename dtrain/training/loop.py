@@ -22,7 +22,7 @@ from dtrain.elastic.supervisor import Life
 from dtrain.errors import UsageError
 from dtrain.observe.events import Events, say
 from dtrain.training.copies import Copies
-from dtrain.training.exactness import inexact_parts
+from dtrain.training.exactness import inexact_parts, name_changed_buffers
 from dtrain.training.exchange import Exchange
 from dtrain.training.guards import Watch
 from dtrain.training.parallel import Buffers, Parallel, same_buffers
@@ -93,8 +93,10 @@ class Loop:
         if scaler is not None and scaler is self._precision.scaler:
             self._state.track({"scaler": scaler})
         if self._parallel.exact and dist.get_rank() == 0:
-            for part in inexact_parts(self._state, [model.module for model in self._parallel.models]):
+            modules = [model.module for model in self._parallel.models]
+            for part in inexact_parts(self._state, modules):
                 self._events.warn(f"reduction='exact': {part}")
+            name_changed_buffers(modules, lambda part: self._events.warn(f"reduction='exact': {part}"))
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
@@ -182,6 +184,11 @@ class Loop:
         numbers = {key: value for key, value in values.items() if isinstance(value, float)}
         step.log(**numbers)
         self._found_better |= self._saves.selection.learn(step.number, numbers)
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """See `Run.best`."""
+        return next(((step, value) for value, step in self._saves.selection.best), None)
 
     def check_can_measure(self) -> None:
         """:raises UsageError: a step is half done."""

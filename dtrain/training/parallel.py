@@ -46,7 +46,7 @@ class Parallel:
         self._checked: set[int] = set()
         ranks, tensor = dist.get_world_size(), config.tensor_parallel
         if ranks % tensor:
-            raise ConfigError(f"tensor_parallel={tensor}: {ranks} ranks can't be put into groups of as many")
+            raise ConfigError(f"tensor_parallel={tensor} doesn't divide {ranks} ranks; start a multiple of {tensor}")
         self.rank, self.world_size = dist.get_rank() // tensor, ranks // tensor
         self.counts = dist.get_rank() % tensor == 0
         self.exact = config.reduction == "exact"
@@ -71,7 +71,7 @@ class Parallel:
         if (tensor_parallel is None) != (config.tensor_parallel == 1):
             raise UsageError(
                 f"parallelize(tensor_parallel={tensor_parallel!r}) with Config(tensor_parallel="
-                f"{config.tensor_parallel}): the number of ranks and the function go together"
+                f"{config.tensor_parallel}): the number of ranks and the function go together; give both or neither"
             )
         blocks = blocks_of(model, classes)
         if not blocks and config.activation_checkpointing != "none":

@@ -211,6 +211,12 @@ class Run:
         self._loop.learn(values)
         return values
 
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and metric of the best model so far, by `Config.keep_best`; None if there is none. It is a checkpoint
+        at the end of its step: `dtrain.checkpoint.load(run.config.dir, {"model": model}, step="best")`."""
+        return self._loop.best
+
     def track(self, **objects: Any) -> None:
         """Make objects part of every checkpoint: models, optimizers, schedulers, a GradScaler, a `torch.Generator`,
         and anything else with `state_dict` and `load_state_dict`, the same on all ranks.

@@ -33,16 +33,24 @@ class Tokens:
     """
 
     def __init__(self, path: str | Path, context: int, dtype: str = "uint16", *, cache: str | Path = _CACHE) -> None:
-        if context < 1:
+        if isinstance(context, bool) or not isinstance(context, int) or context < 1:
             raise DataError(
                 f"Tokens(context={context!r}): must be 1 or more; it is the tokens seen at once, such as 1024"
             )
-        size = np.dtype(dtype).itemsize
+        try:
+            size = np.dtype(dtype).itemsize
+            whole = np.issubdtype(dtype, np.integer)
+        except TypeError:
+            whole = False
+        if not whole:
+            raise DataError(f"Tokens(dtype={dtype!r}): must be a type of whole numbers, such as uint16 or int32")
         file = _copied(str(path), Path(cache).expanduser()) if is_remote(str(path)) else Path(path).expanduser()
         try:
             count = file.stat().st_size
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; name the file of tokens") from error
+        if not file.is_file():
+            raise DataError(f"{path} is no file; name the file of tokens")
         if count % size or count < size * (context + 1):
             raise DataError(
                 f"{path} has {count} bytes: that is no file of at least {context + 1} tokens of type {dtype} (context="
@@ -94,7 +102,7 @@ def _copied(url: str, cache: Path) -> Path:
                     os.fsync(out.fileno())
                     if source.size is not None and out.tell() != source.size:
                         raise OSError(f"{out.tell()} bytes came of {source.size}")
-            except OSError as error:
-                raise DataError(f"{url} could not be copied to {half}: {error}") from error
+            except (OSError, ImportError, ValueError) as error:
+                raise DataError(f"{url} could not be copied to {half}: {type(error).__name__}: {error}") from error
             half.rename(target)
     return target
