@@ -8,7 +8,6 @@ hashes what it holds; that a hash differs is enough to know.
 from __future__ import annotations
 
 import json
-import math
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,11 +21,10 @@ from dtrain.checkpoint.plan import local_part
 from dtrain.elastic.failure import GoBack
 from dtrain.errors import Unreliable
 from dtrain.observe.events import Events, say
+from dtrain.training.exchange import Exchange
 from dtrain.training.parallel import Parallel
 
 _SUSPECTS = "suspects"
-_BLOCK = 256
-"""Elements."""
 _MOST_ERRORS = 2
 """Of a rank, until its machine isn't trusted any more."""
 
@@ -35,6 +33,7 @@ class Copies:
     """One rank's view of them.
 
     :param every: distance between two comparisons, in steps; None compares nothing.
+    :param exchange: knows what tells a rank's own gradients from any others.
     :param notes: a store that outlives generations; None where there is one process alone.
     :param forget: drops what is in memory, and waits for what is being saved.
     """
@@ -43,12 +42,14 @@ class Copies:
         self,
         parallel: Parallel,
         every: int | None,
+        exchange: Exchange,
         events: Events,
         notes: Callable[[], dist.Store | None],
         forget: Callable[[], None],
     ) -> None:
         self._parallel = parallel
         self._every = every
+        self._exchange = exchange
         self._events = events
         self._notes = notes
         self._forget = forget
@@ -86,7 +87,7 @@ class Copies:
         if len(set(found)) > len({part for part, _ in found}):
             self._disagree(step, found)
         if step == self._again:
-            self._name_suspects(step)
+            self._name_suspects(step, found)
 
     def _tensors(self) -> list[torch.Tensor]:
         """What this rank holds of the parameters."""
@@ -119,53 +120,39 @@ class Copies:
             names = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd)
             which = f"those of {names} are not those of the others"
         else:
-            self._note(step, found, hosts)
+            marks = _from_all(self._exchange.marks())
+            notes = self._notes() if dist.get_rank() == 0 else None
+            if notes is not None:
+                notes.set(_SUSPECTS, json.dumps({"step": step, "copies": found, "hosts": hosts, "marks": marks}))
             which = "which of them are wrong is known when this step comes again"
         self._forget()
         raise GoBack(f"the copies of the parameters differ after step {step}: {which}; back to the last checkpoint")
 
-    def _note(self, step: int, found: list[tuple[int, int]], hosts: list[str]) -> None:
-        """Remember what the copies are where they differ first."""
-        split = {part for part, _ in found if len({digest for at, digest in found if at == part}) > 1}
-        ranks = [rank for rank, (part, _) in enumerate(found) if part == min(split)]
-        mine, number, start = self._tensors(), 0, 0
-
-        def first_difference(digests: list[int]) -> int:
-            """The place of the first digest that isn't the same on all of these ranks. All ranks must reach it."""
-            of_ranks = zip(*(theirs for rank, theirs in enumerate(_from_all(digests)) if rank in ranks), strict=True)
-            return next(place for place, theirs in enumerate(of_ranks) if len(set(theirs)) > 1)
-
-        number = first_difference([digest_of([tensor]) for tensor in mine])
-        flat = mine[number].reshape(-1)
-        start = _BLOCK * first_difference([digest_of([part]) for part in flat.split(_BLOCK)])
-        values = _from_all(flat[start : start + _BLOCK].double().tolist())
-        notes = self._notes() if dist.get_rank() == 0 else None
-        if notes is not None:
-            note = {"step": step, "ranks": ranks, "hosts": hosts, "tensor": number, "start": start}
-            notes.set(_SUSPECTS, json.dumps(note | {"values": [values[rank] for rank in ranks]}))
-
-    def _name_suspects(self, step: int) -> None:
+    def _name_suspects(self, step: int, found: list[tuple[int, int]]) -> None:
         """Say who was wrong when it came to this step before, now that it is known what is right. All ranks must.
 
-        What the wrong rank has contributed to the gradients since was wrong as well, and so all copies were; but only
-        its own had the error itself, and was the farthest from what is right.
+        A parameter that is wrong makes its rank's own gradient wrong in the next step, and by it the copies of all
+        ranks. So it was the rank whose gradients were the first to be others than now; and if none were, the one whose
+        copy was another.
         """
         note: list[Any] = [self._noted()]
         dist.broadcast_object_list(note, src=0)
-        noted = note[0]
-        flat = self._tensors()[noted["tensor"]].reshape(-1)
-        right = flat[noted["start"] : noted["start"] + _BLOCK].double()
-        off = [
-            float((torch.tensor(values, dtype=torch.float64) - right).abs().sum().nan_to_num(math.inf))
-            for values in noted["values"]
-        ]
-        odd = [(rank, noted["hosts"][rank]) for rank, by in zip(noted["ranks"], off, strict=True) if by > min(off)]
-        # A rank may hold another part: those that hold this one know.
-        odd = _from_all(odd)[noted["ranks"][0] % dist.get_world_size()]
-        notes = self._notes() if dist.get_rank() == 0 else None
+        noted, rank = note[0], dist.get_rank()
+        odd: list[int] = []
+        if len(noted["hosts"]) == dist.get_world_size():
+            now, then = self._exchange.marks(), {int(at): marks for at, marks in noted["marks"][rank].items()}
+            differ = [at for at in sorted(now.keys() & then.keys()) if now[at] != then[at]]
+            first = _from_all(differ[0] if differ else step + 1)
+            right = [[part, digest] for part, digest in found]
+            odd = [one for one, at in enumerate(first) if at == min(first) <= step] or [
+                one for one, copy in enumerate(noted["copies"]) if copy != right[one]
+            ]
+            parts = [part for part, _ in found]  # where all copies of a part were wrong, nobody can tell
+            odd = [one for one in odd if [parts[other] for other in odd].count(parts[one]) < parts.count(parts[one])]
+        notes = self._notes() if rank == 0 else None
         if notes is not None:
             notes.delete_key(_SUSPECTS)
-        self._count_errors(step, odd)
+        self._count_errors(step, [(one, noted["hosts"][one]) for one in odd])
 
     def _count_errors(self, step: int, odd: list[tuple[int, str]]) -> None:
         """All ranks must reach it. :raises Unreliable: it was the second time for one of them."""

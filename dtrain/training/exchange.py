@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ _BITS = 10
 _DIGITS = 4
 MOST = 1 << _BITS * _DIGITS
 """A rank's count in a step is less than this."""
+
+
+_REMEMBERED = 1024
+"""Steps."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,27 @@ class Exchange:
         self.looks = False
         """Whether this rank's own gradients are looked at, before they are added to those of the others."""
         self._sums: list[torch.Tensor] = []
+        self._marks: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=_REMEMBERED)
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """A step begins."""
         self._sums.clear()
+        self._marks.append((step, []))
 
     def look(self, gradients: torch.Tensor) -> None:
-        """Remember whether gradients of this rank are finite: their sum isn't if one of them isn't."""
+        """Remember of gradients of this rank whether they are finite, and what tells them from any others."""
         if self.looks:
-            self._sums.append(gradients.sum(dtype=torch.float32))
+            self._sums.append(gradients.sum(dtype=torch.float32))  # it isn't finite if one of them isn't
+            self._marks[-1][1].append(_mark(gradients))
 
     @property
     def bad(self) -> bool:
         """Whether a gradient of this rank wasn't finite in this step, as far as they were looked at."""
         return any(not math.isfinite(found) for found in map(float, self._sums))
+
+    def marks(self) -> dict[int, list[int]]:
+        """Of the last steps: what tells this rank's own gradients from any others, as far as they were looked at."""
+        return {step: [int(mark) for mark in marks] for step, marks in self._marks if marks}
 
     def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int) -> None:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
@@ -114,6 +126,13 @@ class Exchange:
         digits, (coarse, fine, stop, end, action, *own_s) = numbers[:_DIGITS], numbers[_DIGITS:]
         count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
         return Totals(count, coarse + fine, stop > 0, end > 0, int(action), tuple(own_s))
+
+
+def _mark(gradients: torch.Tensor) -> torch.Tensor:
+    """A sum of the bits, as whole numbers: it changes with any of them, and takes no longer than a sum does."""
+    flat = gradients.reshape(-1)
+    even = flat[: flat.numel() - flat.numel() % 8]  # of whichever type, a multiple of 8 bytes
+    return even.view(torch.int64).sum()
 
 
 def finished(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:

@@ -66,12 +66,12 @@ class Loop:
         self._skipped = set(life.skipped)
         self._saves = Saves(config, manager, state, sources, self._skipped, self._before_saving)
         notes = functools.partial(life.group.notes_store, run_name(config))
-        self._copies = Copies(parallel, config.guards.compare_every, events, notes, manager.forget)
+        self._copies = Copies(parallel, config.guards.compare_every, exchange, events, notes, manager.forget)
         self._watch = Watch(
             config.guards, parallel, sources, events, self._skipped, self._copies.compare, manager.forget
         )
         self._saves.watched = self._watch.state
-        exchange.looks = self._watch.looks
+        exchange.looks = self._watch.looks or config.guards.compare_every is not None
         self._record: Record | None = None
         self._step: Step | None = None
         self._rehearses = False

@@ -92,7 +92,7 @@ class Step:
         self._count = 0
         self._totals: Totals | None = None
         self._norm: torch.Tensor | None = None
-        exchange.begin()
+        exchange.begin(number)
         watch.begin()
         set_generators(seed, number, "step")
 
