@@ -1,5 +1,6 @@
 """dtrain: training that survives."""
 
+import dtrain.ahead  # noqa: F401 - before all that follows
 from dtrain.config import Best, Config
 from dtrain.launch import launch
 from dtrain.training.data import Data

@@ -22,6 +22,7 @@ LAYERS = (
     "config",
     "storage",
     "errors",
+    "ahead",
 )
 
 

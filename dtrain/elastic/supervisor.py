@@ -22,6 +22,7 @@ It ends with one of these codes, and torchrun itself with 1 for all but the firs
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import math
 import os
@@ -103,6 +104,7 @@ class Supervisor:
         :raises SystemExit: it isn't; see above for the codes.
         """
         check_can_fork()
+        gc.freeze()  # what is there, the forks keep: not to look at it leaves its memory shared
         if self._placement.store is not None:
             die_with(os.getppid())
         self._run = hashlib.sha256(self._config.dir.encode()).hexdigest()[:16]
