@@ -332,7 +332,8 @@ class Supervisor:
             return
         self._deadline = min(self._deadline, time.monotonic() + _FOR_THE_STEP * self._config.grace_s)
         if first:
-            say(f"{why or number.name}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
+            why = why or (number.name if final else f"{number.name} of torchrun's agent, which decides what is next")
+            say(f"{why}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
 
     def _end_saver(self) -> None:
         """Let the saver finish what it is at, and end."""
