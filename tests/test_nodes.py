@@ -23,7 +23,9 @@ def test_nodes_that_die_or_are_cut_off_are_left_behind_and_taken_in_again(tmp_pa
     with cluster(tmp_path, least=2, most=3) as job:
         disturb(job, "kill", 0)
         if job.nodes.apart:
+            name = job.hosts()[2]
             disturb(job, "cut", 2)
+            assert f"this node ({name}) was given up by the others, and asks torchrun to take it in again" in job.said()
         assert "has not been heard of for 3 s: torchrun is to form the group anew" in job.said()
         assert_ended_as(job, undisturbed_in(tmp_path / "undisturbed", STEPS))
 

@@ -59,8 +59,8 @@ class Farewell:
         if outcome.kind == "ended" and self._placement.rank == 0:
             why = f"{signal.Signals(outcome.signal).name}{f' ({outcome.cause})' if outcome.cause else ''}"
             # The agent ends its processes also to form the group anew.
-            by = f"stopped by {why}" if self.final else f"ended by torchrun's agent ({why}), which decides what is next"
-            say(f"{by}: the newest checkpoint is that of step {committed}")
+            by = "" if self.final else " of torchrun's agent, which decides what is next"
+            say(f"stopped by {why}{by}: the newest checkpoint is that of step {committed}")
         self._leave(outcome, "stopped: ", final=self.final)
 
     def _leave(self, outcome: Outcome, before: str, *, final: bool) -> NoReturn:
