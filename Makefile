@@ -38,17 +38,18 @@ lint: venv  ## check style, types, shell scripts and the Dockerfile
 	$(BIN)/shellcheck .ci/run launch/*.sh launch/slurm.sbatch
 	$(BIN)/hadolint docker/Dockerfile
 
-faults: venv  ## run the long campaigns: kills, nodes, faults of storage, leftovers (40 minutes)
+faults: venv  ## run the long campaigns: kills, nodes, faults of storage, leftovers, false alarms (70 minutes)
 	$(BIN)/python -m tests.campaign $(ARGS)
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m tests.choices
 	$(BIN)/python -m tests.garbage
 	$(BIN)/python -m tests.leftovers_s3
 	$(BIN)/python -m tests.faults_nodes
+	$(BIN)/python -m tests.false_alarms
 	$(BIN)/python -m tests.faults_s3
 	$(BIN)/python -m tests.faults_s3 --random 60
 
-bench: venv  ## measure steps, recoveries and checkpoints beside others (an hour and a half)
+bench: venv  ## measure steps, recoveries and checkpoints beside others (two hours)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/recovery.py

@@ -1,8 +1,9 @@
-"""The share of time that goes into steps that count, while processes are killed: dtrain beside a job written by hand.
+"""The share of time that goes into steps that count, while processes are killed: dtrain beside others.
 
-Both train the GPT of dtrain.examples.gpt for as long, and save every 10 steps; a rank, chosen by chance, is killed
-every 20 seconds on average, at the same times for both. A step counts once, however often it was done. What is compared
-with the clock is the number of steps that count, times the median time of a step.
+All train the GPT of dtrain.examples.gpt for as long, and save every 10 steps; a rank, chosen by chance, is killed
+every 20 seconds on average, at the same times for all. A step counts once, however often it was done. What is compared
+with the clock is the number of steps that count, times the median time of a step. The jobs are those of `recovery.py`;
+a step that torchft has done with one of two replicas counts as half of one.
 
     python benchmarks/goodput.py
 """
@@ -10,7 +11,6 @@ with the clock is the number of steps that count, times the median time of a ste
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import signal
@@ -20,12 +20,15 @@ import time
 from dataclasses import dataclass
 
 import tyro
-from recovery import ByHand, Dtrain, Job, running, wait_for
+from recovery import JOBS, Job, running, wait_for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train and kill for some minutes, by dtrain and by hand."""
+    """Train and kill for some minutes, by dtrain and by others."""
+
+    jobs: str = "dtrain,by hand,Fabric,torchft"
+    """See `recovery.py`."""
 
     minutes: float = 10.0
     """For each."""
@@ -37,13 +40,13 @@ class Options:
     """Chooses the ranks and the times."""
 
 
-def goodput(kind: type[Job], o: Options) -> tuple[float, int, int, float]:
+def goodput(kind: type[Job], o: Options) -> tuple[float, int, float, float]:
     """:returns: the share, how many kills there were, steps that count, and the median time of a step."""
     dice = random.Random(o.seed)
     kills = 0
     with running(kind) as job:
         wait_for(lambda: len(job.steps()) > 5, "the first steps")
-        begun, first = job.steps()[-1]
+        begun = job.steps()[-1][0]
         end = begun + 60 * o.minutes
         at = begun
         while (at := at + dice.expovariate(1 / o.every_s)) < end:
@@ -53,18 +56,17 @@ def goodput(kind: type[Job], o: Options) -> tuple[float, int, int, float]:
                 os.kill(job.pids()[rank], signal.SIGKILL)
                 kills += 1
         time.sleep(max(0.0, end - time.time()))
-        lines = [line for line in job.steps() if begun <= line[0] <= end]
-    step_s = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(lines) if b[1] == a[1] + 1)
-    steps = max(step for _, step in lines) - first
+        steps, step_s = job.counted(begun, end), statistics.median(job.step_times())
     return steps * step_s / (end - begun), kills, steps, step_s
 
 
 def main(o: Options) -> None:
     print(f"{o.minutes:g} minutes each, a kill every {o.every_s:g} s on average, 2 processes, seed {o.seed}")
-    for name, kind in (("dtrain", Dtrain), ("by hand", ByHand)):
-        share, kills, steps, step_s = goodput(kind, o)
+    for name in o.jobs.split(","):
+        share, kills, steps, step_s = goodput(JOBS[name], o)
         print(
-            f"{name:8} {share:6.1%} of the time in {steps} steps that count, of {1000 * step_s:.0f} ms; {kills} kills"
+            f"{name:8} {share:6.1%} of the time in {steps:.0f} steps that count, of {1000 * step_s:.0f} ms; "
+            f"{kills} kills"
         )
         sys.stdout.flush()
 

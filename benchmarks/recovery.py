@@ -1,6 +1,6 @@
-"""From a fault to the end of the first new step: dtrain beside the same job written by hand on torchrun and DCP.
+"""From a fault to the end of the first new step: dtrain beside the same job written by hand, with Fabric, with torchft.
 
-Both train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps; dtrain also takes a snapshot
+All train the GPT of dtrain.examples.gpt with the same options, and save every 10 steps; dtrain also takes a snapshot
 in memory at each, and on nodes sends it to another one. While a job trains, something
 is done to it; measured is the time from then to the end of the first step that is new. A part of it is the steps that
 have to be done again, which is a matter of how often a job saves; `itself` is without them (the first new step
@@ -9,7 +9,9 @@ each, in network namespaces (see `dtrain nodes`), with the same rendezvous setti
 
     python benchmarks/recovery.py
 
-The jobs run in turn. The one written by hand is `by_hand_recovery.py`; it does not notice a rank that hangs.
+The jobs run in turn. Those beside dtrain are `by_hand_recovery.py`, `fabric_recovery.py` and `torchft_recovery.py`;
+none of them notices a rank that hangs. torchft's two processes have a torchrun each. When one of them is killed, its
+first new step may be one of the other alone, with half of the samples.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -46,7 +49,10 @@ BATCH = ("--global-batch", "24", "--micro-batch", "4")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time recoveries of dtrain and of a job that is written by hand, in turn."""
+    """Time recoveries of dtrain and of others, in turn."""
+
+    jobs: str = "dtrain,by hand,Fabric,torchft"
+    """The last two for killed processes only."""
 
     faults: str = "rank,ranks,hang,node,back,first,spare"
     """What is done: a rank or all of them are killed, a rank is stopped, a node or the first one is killed, a node
@@ -90,7 +96,7 @@ class Job:
         self.folder = folder
         self.nodes = nodes
         self._limits = {"least": least, "most": most}
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._output = (folder / "output.txt").open("ab")
 
     def begin(self, *nodes: int) -> None:
@@ -100,20 +106,39 @@ class Job:
             for node in nodes or range(self.nodes.count):
                 self.nodes.start(node, agent(self.nodes, node, arguments, **self._limits), {}, self._output)
             return
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=100"]
-        environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.own_store} | os.environ
-        self._process = subprocess.Popen(
-            [sys.executable, *torchrun, *arguments], env=environment, stdout=self._output, stderr=self._output
-        )
+        self._torchrun(2, arguments, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": self.own_store})
+
+    def _torchrun(self, nproc: int, arguments: list[str], env: dict[str, str]) -> None:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "--max-restarts=100")
+        self._popen([sys.executable, *torchrun, *arguments], {"OMP_NUM_THREADS": "1"} | env)
+
+    def _popen(self, command: list[str], env: dict[str, str]) -> None:
+        output = self._output
+        self._processes.append(subprocess.Popen(command, env=env | os.environ, stdout=output, stderr=output))
 
     def end(self) -> None:
-        if self._process is not None:
-            self._process.terminate()  # killed, it would leave the other job's processes at work
-            self._process.wait()
+        for process in self._processes:
+            process.terminate()  # killed, it would leave the other job's processes at work
+        for process in self._processes:
+            process.wait()
 
     def steps(self) -> list[tuple[float, int]]:
         """The finished steps, with the times of their ends."""
         return sorted((line["time"], line["step"]) for line in read_lines(self.folder / self.steps_file))
+
+    def step_times(self) -> list[float]:
+        """Of all steps that a process has finished after another one."""
+        lines = self.steps()
+        return [b[0] - a[0] for a, b in itertools.pairwise(lines) if b[1] == a[1] + 1]
+
+    def counted(self, begin: float, end: float) -> float:
+        """The steps that were new when they ended in this time."""
+        before = max(step for when, step in self.steps() if when <= begin)
+        return max(step for when, step in self.steps() if when <= end) - before
+
+    def whole(self) -> bool:
+        """Whether all that have died take part again."""
+        return True
 
     def lives(self) -> dict[int, dict[str, Any]]:
         """Where each rank trains, and by which process."""
@@ -161,16 +186,58 @@ class ByHand(Job):
     # Otherwise all attempts share one store, and a new one finds the addresses of the dead.
     own_store = "1"
 
+    def lines(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.folder / self.steps_file))
+
+    def step_times(self) -> list[float]:
+        lines = sorted((*self._life(line), line["step"], line["time"]) for line in self.lines())
+        return [b[-1] - a[-1] for a, b in itertools.pairwise(lines) if b[:-2] == a[:-2] and b[-2] == a[-2] + 1]
+
     def lives(self) -> dict[int, dict[str, Any]]:
-        return {line["rank"]: line for line in read_lines(self.folder / self.steps_file)}
+        return {line["rank"]: line for line in self.lines()}
 
     def born(self, since: float) -> float:
-        lines = list(read_lines(self.folder / self.steps_file))
+        lines = self.lines()
         lives = {self._life(line) for line in lines if line["time"] <= since}
         return min((line["time"] for line in lines if self._life(line) not in lives), default=0.0)
 
     def _life(self, line: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(line[name] for name in ("host", "pid"))
+
+
+class Fabric(ByHand):
+    command = (str(Path(__file__).with_name("fabric_recovery.py")),)
+
+
+class Torchft(ByHand):
+    command = (str(Path(__file__).with_name("torchft_recovery.py")),)
+
+    def begin(self, *nodes: int) -> None:
+        arguments = [*self.command, "--dir", str(self.folder), "--steps", "100000", "--save-every", str(SAVE_EVERY)]
+        with socket.socket() as found:
+            found.bind(("", 0))
+            port = found.getsockname()[1]
+        lighthouse = str(Path(sys.executable).with_name("torchft_lighthouse"))
+        self._popen([lighthouse, "--bind", f"[::]:{port}", "--min_replicas", "1", "--join_timeout_ms", "1000"], {})
+        for replica in range(2):
+            env = {"REPLICA": str(replica), "TORCHFT_LIGHTHOUSE": f"http://localhost:{port}"}
+            self._torchrun(1, arguments, env)
+
+    def counted(self, begin: float, end: float) -> float:
+        """A step of one replica alone is half of one."""
+        of: dict[int, int] = {line["step"]: line["of"] for line in self.lines() if begin < line["time"] <= end}
+        return sum(of.values()) / 2
+
+    def whole(self) -> bool:
+        last = {line["rank"]: line for line in self.lines()}
+        return len(last) == 2 and all(line["of"] == 2 and line["time"] > time.time() - 1 for line in last.values())
+
+    def born(self, since: float) -> float:
+        """Of a replica that is new, or of another's quorum without the one that has died."""
+        lines = self.lines()
+        lives = {self._life(line) for line in lines if line["time"] <= since}
+        later = [line for line in lines if line["time"] > since]
+        return min((line["time"] for line in later if line["of"] == 1 or self._life(line) not in lives), default=0.0)
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -185,8 +252,8 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 def recovery(job: Job, fault: Callable[[], None], dice: random.Random) -> Recovery:
     """Wait for some steps, do something to a job, and wait for the first new step."""
     goal = (job.steps() or [(0.0, 0)])[-1][1] + SAVE_EVERY + dice.randint(2, SAVE_EVERY - 3)
-    wait_for(lambda: job.steps() and job.steps()[-1][1] >= goal, f"step {goal}")
-    step_s = statistics.median(b[0] - a[0] for a, b in itertools.pairwise(job.steps()[-30:]))
+    wait_for(lambda: job.steps() and job.steps()[-1][1] >= goal and job.whole(), f"step {goal}")
+    step_s = statistics.median(job.step_times()[-30:])
     begun = time.time()
     fault()
 
@@ -262,15 +329,19 @@ NAMES = {
 }
 
 
+JOBS: dict[str, type[Job]] = {"dtrain": Dtrain, "by hand": ByHand, "Fabric": Fabric, "torchft": Torchft}
+
+
 def measure(o: Options) -> Iterator[tuple[str, str, Recovery]]:
     """Each recovery, with the fault and the job."""
     wanted = o.faults.split(",")
     for fault in wanted:
-        for name, kind in (("dtrain", Dtrain), ("by hand", ByHand)):
-            if fault in ("rank", "ranks", "hang") and (name, fault) != ("by hand", "hang"):
+        for name in o.jobs.split(","):
+            kind = JOBS[name]
+            if fault in ("rank", "ranks") or (fault == "hang" and name == "dtrain"):
                 for found in of_processes(kind, fault, o.times, o.seed):
                     yield fault, name, found
-            elif fault in ("node", "first", "spare"):
+            elif fault in ("node", "first", "spare") and name in ("dtrain", "by hand"):
                 for row, found in of_nodes(kind, fault, o.times, o.seed):
                     if row == fault or (fault == "node" and "back" in wanted):
                         yield row, name, found
@@ -293,10 +364,10 @@ def main(o: Options) -> None:
             f"{statistics.median(r.itself_s for r in taken) - less:7.2f}  "
             f"{'  '.join(f'{seconds:.2f}' for seconds in phases)}"
         )
-    for fault in dict.fromkeys(fault for fault, _ in found):
-        if (fault, "by hand") in found:
-            mine, other = (statistics.median(r.total_s for r in found[fault, name]) for name in ("dtrain", "by hand"))
-            print(f"{NAMES[fault]}: dtrain / by hand {mine / other:.2f}")
+    for (fault, name), taken in found.items():
+        if name != "dtrain" and (fault, "dtrain") in found:
+            mine, other = (statistics.median(r.total_s for r in rs) for rs in (found[fault, "dtrain"], taken))
+            print(f"{NAMES[fault]}: dtrain / {name} {mine / other:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """dtrain: training that survives."""
 
+import dtrain.ahead  # noqa: F401 - before all that follows
 from dtrain.config import Config
 from dtrain.criteria import Best, EarlyStop, Guards
 from dtrain.launch import launch

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-import torch._dynamo  # the first optimizer imports it, which takes a second: better once here than in every trainer
 import torch.distributed as dist
 
 from dtrain.checkpoint.channel import Direct

@@ -18,6 +18,10 @@ set -euo pipefail
 python="$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python"
 [[ -x "$python" ]] || python=python3
 
+# torchrun waits for it for a minute without a word.
+timeout 5 bash -c ": </dev/tcp/${STORE%:*}/${STORE##*:}" 2>/dev/null ||
+    echo "node.sh: nobody answers at STORE=$STORE yet: start 'dtrain store' there; torchrun waits for a minute" >&2
+
 # dtrain's processes meet at the same store as torchrun's agents. The one that torchrun would share with them lives in the
 # agent of the first node, and a node that comes later never learns its address.
 export DTRAIN_STORE="$STORE" TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -22,6 +22,8 @@ from tests.train_job import Options
 
 STEPS = 130
 PATIENCE_S = 90.0
+SLOW_STEP_S = 1.0
+"""Where other tests run beside it."""
 
 
 class Cluster:
@@ -60,11 +62,11 @@ class Cluster:
     def step(self) -> int:
         return max((last_step(path) for path in self._folder.glob("trace-*.jsonl")), default=0)
 
-    def until(self, what: str, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
+    def until(self, what: str, condition: Callable[[], object], seconds: float = PATIENCE_S) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise Hang(f"no {what} within {PATIENCE_S:.0f} s, at step {self.step()}\n{self.said()[-6000:]}")
+                raise Hang(f"no {what} within {seconds:.0f} s, at step {self.step()}\n{self.said()[-6000:]}")
             time.sleep(0.02)
 
     def until_it_trains_on(self, ranks: int) -> None:
@@ -125,12 +127,13 @@ def undisturbed_in(folder: Path, steps: int) -> dict[str, str]:
     evidence = str(folder / "evidence")
     options = Options(run=str(folder / "run"), evidence=evidence, steps=steps, step_s=0, reduction="exact")
     with start(options, 1) as job:
-        assert job.wait() == 0, job.tail()
+        assert job.wait(PATIENCE_S + SLOW_STEP_S * steps) == 0, job.tail()
     return of_run(options).digests[0]
 
 
 def assert_ended_as(job: Cluster, undisturbed: dict[str, str]) -> None:
-    job.until("end", lambda: not any(map(job.nodes.is_running, range(job.nodes.count))))
+    seconds = PATIENCE_S + SLOW_STEP_S * job.options.steps
+    job.until("end", lambda: not any(map(job.nodes.is_running, range(job.nodes.count))), seconds)
     assert job.nodes.worst() == 0, job.said()[-6000:]
     results = [json.loads(path.read_text()) for path in Path(job.options.evidence).glob("result-*.json")]
     assert results

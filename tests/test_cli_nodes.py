@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -56,9 +57,38 @@ def test_a_script_is_trained_on_nodes_that_are_killed_and_started_again_by_hand(
             program.terminate()
     assert commits(tmp_path / "run")[-1] == 60
     said = output.read_text()
-    assert "[nodes] 'fly 1': try kill, start, cut, heal, freeze, thaw with a number, or quit" in said
+    assert "[nodes] 'fly 1': try kill, start, cut, delay, heal, freeze, thaw with a number, or quit" in said
     assert "[nodes] kill 1: node 1 doesn't run" in said
     assert "[nodes] kill 1: done" in said
+
+
+def test_ctrl_c_says_what_becomes_of_the_nodes(tmp_path: Path) -> None:
+    script = [str(ROOT / "tests" / "small_job.py"), str(tmp_path / "run"), "--steps", "1000", "--step-s", "0.2"]
+    with subprocess.Popen(
+        [*DTRAIN, "nodes", "--count", "1", "--nodes", "1:1", "--", *script],
+        env=ENV,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stderr is not None
+        assert any("type kill" in line for line in program.stderr)
+        program.send_signal(signal.SIGINT)
+        assert "[nodes] Ctrl-C: the power of all nodes fails, nothing is saved" in program.stderr.read()
+        assert program.wait(60) == 130
+
+
+def test_the_launcher_says_where_nobody_answers(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and doesn't listen
+        store = f"127.0.0.1:{free.getsockname()[1]}"
+        env = ENV | {"STORE": store, "NODES": "1:1"}
+        command = ["bash", str(ROOT / "launch" / "node.sh"), "train.py"]
+        with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as program:
+            assert program.stderr is not None
+            said = program.stderr.readline()
+            program.kill()
+    assert said.startswith(f"node.sh: nobody answers at STORE={store} yet: start 'dtrain store' there")
 
 
 def test_a_script_is_needed(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The package's imports run one way: a module knows its own layer and those below it, none above."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
@@ -23,6 +25,7 @@ LAYERS = (
     "criteria",
     "storage",
     "errors",
+    "ahead",
 )
 
 
@@ -110,3 +113,10 @@ def test_a_planted_upward_or_unplaced_import_is_found(path: str, source: str) ->
 )
 def test_imports_downwards_sideways_and_of_other_packages_are_let_through(path: str, source: str) -> None:
     assert upward_imports(PurePath(path), source) == []
+
+
+def test_what_trainers_need_is_there_before_the_fork_and_not_looked_at_again() -> None:
+    """The garbage collector was at rest meanwhile, and works again."""
+    ask = "import gc, sys, dtrain; print('torch._dynamo' in sys.modules, gc.isenabled(), gc.get_freeze_count() > 10**5)"
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True"] * 3

@@ -68,6 +68,9 @@ def test_a_signal_to_any_process_ends_all_ranks_after_the_same_step(tmp_path: Pa
 def test_sigterm_to_torchrun_ends_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     found, done = ended_by(tmp_path, lambda program: os.kill(program.pid, signal.SIGTERM))
     assert found.code == 1
+    agents = "SIGTERM of torchrun's agent, which decides what is next"
+    assert f"{agents}: stopping after this step, with a checkpoint, within 25 s" in found.said
+    assert f"stopped by {agents}: the newest checkpoint is that of step {done}" in found.said
     assert_saved_and_going_on(tmp_path, found, done)
 
 
@@ -107,7 +110,7 @@ def test_a_step_that_outlasts_the_grace_time_is_given_up_and_the_newest_snapshot
     found, _ = ended_by(tmp_path, end, *slow)
     assert time.monotonic() - asked < 6 + 2, "torchrun itself takes a moment"
     assert commits(tmp_path) == [6]
-    assert "stopped by SIGTERM (the step did not come to its end within 70% of grace_s=5): the newest" in found.err
+    assert "stopped by SIGTERM (the step did not come to its end within 70% of grace_s=5)" in found.err
 
 
 def test_what_is_behind_the_loop_is_for_a_training_that_is_done(tmp_path: Path) -> None:

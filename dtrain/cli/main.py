@@ -2,7 +2,7 @@
 
     dtrain demo                 see a training run survive the death of its processes
     dtrain checkpoint ls RUN    look at the checkpoints of a run; see `dtrain checkpoint --help`
-    dtrain nodes -- train.py    several nodes on one machine, to kill them and to cut them off
+    dtrain nodes -- train.py    several nodes on one machine, to kill them, cut them off, slow them down
     dtrain store                the store that torchrun's agents meet at, outside of the nodes
     dtrain --version
 
@@ -23,7 +23,8 @@ from tyro.conf import FlagCreatePairsOff
 from tyro.extras import SubcommandApp
 
 from dtrain import __version__
-from dtrain.cli import checkpoint, nodes
+from dtrain.cli import checkpoint
+from dtrain.cli.console import OnNodes
 from dtrain.cli.demo import Demo
 from dtrain.cli.store import Store
 from dtrain.cli.table import silence_stdout
@@ -44,7 +45,7 @@ def commands() -> SubcommandApp:
     """All commands by name, in the order of the help."""
     app = SubcommandApp()
     app.command(name="demo")(Demo)
-    app.command(name="nodes")(nodes.Run)
+    app.command(name="nodes")(OnNodes)
     app.command(name="store")(Store)
     app.command(checkpoint.app(), name="checkpoint", help="Look at the checkpoints of a run, check and convert them.")
     return app

@@ -1,11 +1,9 @@
-"""`dtrain nodes`: several nodes on one machine, which can be killed, cut off and brought back.
+"""`Nodes`: several nodes on one machine, which can be killed, cut off, slowed down and brought back.
 
 Each is a network namespace with an address, a hostname and process ids of its own; a bridge, in a namespace too,
 connects them. On the bridge there is also the store that torchrun's agents meet at, so that any node may die. It takes
 root and Linux's `ip` and `unshare`; where that isn't allowed, the nodes are processes on 127.0.0.1, which can be killed
-but not cut off.
-
-    dtrain nodes --count 3 --nodes 2:3 -- train.py --my-options
+and frozen only.
 """
 
 from __future__ import annotations
@@ -19,16 +17,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import Empty, Queue
 from typing import IO
 
-from tyro.conf import Positional
-
+from dtrain.cli import relay
 from dtrain.cli.store import PORT
 from dtrain.elastic.process import die_with
 from dtrain.errors import ConfigError
@@ -36,6 +30,9 @@ from dtrain.errors import ConfigError
 _NET = "10.77.0"
 _SWITCH = 254
 _PREFIX = "dtrain-node"
+_BRIDGE_ADDRESS = "02:00:00:00:00:fe"
+"""Given, since by itself it would be that of a port, and change with the ports."""
+DELAY_S = 0.2
 _INSIDE = """
 hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind /dev/null /etc/resolv.conf; shift 2; exec "$@"
 """
@@ -54,6 +51,7 @@ class Nodes:
     def __init__(self, count: int) -> None:
         self.count = count
         self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._relays: dict[int, subprocess.Popen[bytes]] = {}
         self._token = f"{_PREFIX}-{os.getpid()}-{time.monotonic_ns() % 10**6}"
         self._folder = Path(tempfile.mkdtemp(prefix="dtrain-nodes-"))
         self.apart = _may_have_namespaces()
@@ -79,9 +77,10 @@ class Nodes:
     def __exit__(self, *_: object) -> None:
         for node in list(self._running):
             self.kill(node)
-        if store := getattr(self, "_store", None):
-            store.kill()
-            store.wait()
+        for process in (getattr(self, "_store", None), *self._relays.values()):
+            if process is not None:
+                process.kill()
+                process.wait()
         for name in (self._name(_SWITCH), *map(self._name, range(self.count))):
             if Path("/run/netns", name).exists():
                 _ip("netns", "delete", name)
@@ -125,8 +124,36 @@ class Nodes:
         """Take it off the network: nothing of it is heard any more, and nothing is refused either."""
         self._link(node, "down")
 
+    def delay(self, node: int, seconds: float = DELAY_S) -> None:
+        """Have all that goes to it and all that comes from it take so much longer."""
+        if node in self._relays:
+            self._mend(node)
+        port, wire, end = f"port{node}", f"wire{node}", f"end{node}"
+        self._switch("link", "add", wire, "type", "veth", "peer", "name", end)
+        self._switch("link", "set", wire, "master", "bridge", "up")
+        # What comes in at these two is the relay's to pass on, and not for the bridge's namespace to answer.
+        for device in (port, end):
+            self._switch("link", "set", device, "nomaster", "arp", "off", "up")
+        command = [sys.executable, str(Path(relay.__file__)), port, end, str(seconds)]
+        self._relays[node] = subprocess.Popen(
+            ["ip", "netns", "exec", self._name(_SWITCH), *command],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=functools.partial(die_with, os.getpid()),
+        )
+
     def heal(self, node: int) -> None:
+        """After `cut` and `delay`."""
+        if node in self._relays:
+            self._mend(node)
         self._link(node, "up")
+
+    def _mend(self, node: int) -> None:
+        process = self._relays.pop(node)
+        process.kill()
+        process.wait()
+        self._switch("link", "delete", f"wire{node}")
+        self._switch("link", "set", f"port{node}", "arp", "on", "master", "bridge")
 
     def freeze(self, node: int) -> None:
         """Stop all of its processes, as on a machine that is swapping, or a virtual one that is being moved."""
@@ -147,23 +174,30 @@ class Nodes:
     def _connect(self) -> None:
         switch = self._name(_SWITCH)
         _ip("netns", "add", switch)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "address", "add", f"{_NET}.{_SWITCH}/24", "dev", "bridge")
+        self._switch("link", "add", "bridge", "address", _BRIDGE_ADDRESS, "type", "bridge")
+        self._switch("address", "add", f"{_NET}.{_SWITCH}/24", "dev", "bridge")
         for device in ("lo", "bridge"):
-            _ip("-n", switch, "link", "set", device, "up")
+            self._switch("link", "set", device, "up")
         for node in range(self.count):
             name, port = self._name(node), f"port{node}"
             _ip("netns", "add", name)
             _ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
-            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
+            self._switch("link", "set", port, "master", "bridge", "up")
             _ip("-n", name, "address", "add", f"{self.address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _ip("-n", name, "link", "set", device, "up")
 
     def _link(self, node: int, state: str) -> None:
+        self._switch("link", "set", f"port{node}", state)
+
+    def _switch(self, *arguments: str) -> None:
+        """Change something where the bridge is."""
         if not self.apart:
-            raise ConfigError("nodes on 127.0.0.1 can't be cut off: run as root, with `ip` and `unshare` installed")
-        _ip("-n", self._name(_SWITCH), "link", "set", f"port{node}", state)
+            raise ConfigError(
+                "nodes on 127.0.0.1 have no network of their own, that could be cut off or slow: run as root, with "
+                "`ip` and `unshare` installed"
+            )
+        _ip("-n", self._name(_SWITCH), *arguments)
 
     def _name(self, node: int) -> str:
         return f"{self._token}-{node}"
@@ -232,81 +266,3 @@ def _below(pid: int) -> Iterator[int]:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 yield from _below(int(child))
-
-
-def _read_lines(lines: Queue[str]) -> None:
-    for line in sys.stdin:
-        lines.put(line)
-
-
-_COMMANDS = "kill, start, cut, heal, freeze, thaw"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Run a training script on several nodes of this one machine, and do to them what happens to nodes.
-
-    While it runs, it takes commands: kill N, start N, cut N, heal N, freeze N, thaw N, quit. The last one, and Ctrl-C,
-    are a power failure of all nodes: nothing is saved.
-    """
-
-    count: int = 3
-    """How many nodes there are."""
-
-    nodes: str = ""
-    """How many of them the training needs and takes, as MIN:MAX; by default all but one of them, and all. Those above
-    MAX wait as spares."""
-
-    nproc: int = 1
-    """Processes on each node."""
-
-    script: Positional[tuple[str, ...]] = field(default=())
-    """What torchrun is to run, with its arguments."""
-
-    def run(self) -> int:
-        least, _, most = (self.nodes or f"{max(1, self.count - 1)}:{self.count}").partition(":")
-        if not least.isdigit() or not (most or least).isdigit():
-            raise ConfigError(f"nodes={self.nodes!r}: give how many nodes the training needs and takes, such as 2:3")
-        if not self.script:
-            raise ConfigError("there is no script to run: dtrain nodes -- train.py")
-        with Nodes(self.count) as nodes:
-            if not nodes.apart:
-                print("[nodes] on 127.0.0.1: without root they can't be cut off", file=sys.stderr)
-
-            def start(node: int) -> None:
-                command = agent(nodes, node, self.script, least=int(least), most=int(most or least), nproc=self.nproc)
-                nodes.start(node, command)
-
-            for node in range(self.count):
-                start(node)
-            print(
-                f"[nodes] {self.count} nodes, {least}:{most or least} needed; type {_COMMANDS} with a number, or quit",
-                file=sys.stderr,
-            )
-            lines: Queue[str] = Queue()
-            threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
-            while any(map(nodes.is_running, range(self.count))):
-                with contextlib.suppress(Empty):
-                    self._obey(lines.get(timeout=0.5), nodes, start)
-            return nodes.worst()
-
-    def _obey(self, line: str, nodes: Nodes, start: Callable[[int], None]) -> None:
-        """Do what was typed."""
-        known = {"start": start} | {name: getattr(nodes, name) for name in _COMMANDS.split(", ") if name != "start"}
-        match line.split():
-            case ["quit"]:
-                for node in range(self.count):
-                    if nodes.is_running(node):
-                        nodes.kill(node)
-            case [do, number] if do in known and number.isdigit() and int(number) < self.count:
-                try:
-                    known[do](int(number))
-                    print(f"[nodes] {do} {number}: done", file=sys.stderr)
-                except (ConfigError, subprocess.CalledProcessError) as error:
-                    print(f"[nodes] {do} {number}: {error}", file=sys.stderr)
-            case []:
-                pass
-            case [do, number] if do in known and number.isdigit():
-                print(f"[nodes] there is no node {number}: they are 0 to {self.count - 1}", file=sys.stderr)
-            case _:
-                print(f"[nodes] {line.strip()!r}: try {_COMMANDS} with a number, or quit", file=sys.stderr)

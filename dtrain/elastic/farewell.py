@@ -58,7 +58,9 @@ class Farewell:
         """
         if outcome.kind == "ended" and self._placement.rank == 0:
             why = f"{signal.Signals(outcome.signal).name}{f' ({outcome.cause})' if outcome.cause else ''}"
-            say(f"stopped by {why}: the newest checkpoint is that of step {committed}")
+            # The agent ends its processes also to form the group anew.
+            by = "" if self.final else " of torchrun's agent, which decides what is next"
+            say(f"stopped by {why}{by}: the newest checkpoint is that of step {committed}")
         self._leave(outcome, "stopped: ", final=self.final)
 
     def _leave(self, outcome: Outcome, before: str, *, final: bool) -> NoReturn:
@@ -73,7 +75,9 @@ class Farewell:
             _for_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
             code = FAILED
         elif outcome.kind == "lost":
-            if place.local_rank == 0:
+            if place.local_rank == 0 and outcome.node == place.node:
+                say(f"this node ({outcome.host}) was given up by the others, and asks torchrun to take it in again")
+            elif place.local_rank == 0:
                 say(f"{outcome.cause}: torchrun is to form the group anew")
             os._exit(FORM_ANEW)  # to take the interpreter down in order takes a second, for which all wait
         else:

@@ -22,6 +22,7 @@ It ends with one of these codes, and torchrun itself with 1 for all but the firs
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import select
@@ -102,6 +103,7 @@ class Supervisor:
         :raises SystemExit: it isn't; see above for the codes.
         """
         check_can_fork()
+        gc.freeze()  # what is there, the forks keep: not to look at it leaves its memory shared
         if self._placement.store is not None:
             die_with(os.getppid())
         self._run = run_name(self._config)
@@ -329,7 +331,8 @@ class Supervisor:
             return
         self._deadline = min(self._deadline, time.monotonic() + _FOR_THE_STEP * self._config.grace_s)
         if first:
-            say(f"{why or number.name}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
+            why = why or (number.name if final else f"{number.name} of torchrun's agent, which decides what is next")
+            say(f"{why}: stopping after this step, with a checkpoint, within {self._config.grace_s:g} s")
 
     def _end_saver(self) -> None:
         """Let the saver finish what it is at, and end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,11 @@ from dtrain.errors import ConfigError
 def standard_library(folder: Path) -> list[Path]:
     """Every module of Python's standard library, sorted, without its tests and the installed packages."""
     others = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [path for path in sorted(folder.rglob("*.py")) if others.isdisjoint(path.relative_to(folder).parts)]
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in others]  # to look into them first takes half a second
+        found += [Path(parent, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def text_files(folder: Path) -> list[Path]:
