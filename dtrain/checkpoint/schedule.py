@@ -22,6 +22,7 @@ from dtrain.config import Interval
 
 SHARE = 0.01
 """Of the time that automatic snapshots may take."""
+_FEW = 2
 _UNKNOWN_COST_S = 1.0
 """What a save is taken to cost before one was measured."""
 
@@ -85,7 +86,7 @@ class Schedule:
             self._extra_s = None
 
     def snapped(self, step: int, stall_s: float) -> None:
-        """A snapshot was taken. :param stall_s: how long it held up the training."""
+        """A snapshot was taken. :param stall_s: how long it held up the training, with all that went before it."""
         self._snapped_step, self._snapped_at = step, time.monotonic()
         self._stalls.append(stall_s)
 
@@ -125,7 +126,9 @@ class Schedule:
         """The distance between two snapshots that `auto` has come to, in steps."""
         if not self._stalls or not self._steps:
             return 1
-        return max(1, math.ceil(min(self._stalls) / (SHARE * max(median(self._steps), 1e-9))))
+        # The first ones take long, as their memory is touched for the first time; later, the typical one counts.
+        stall_s = median(self._stalls) if len(self._stalls) > _FEW else min(self._stalls)
+        return max(1, math.ceil(stall_s / (SHARE * max(median(self._steps), 1e-9))))
 
     def _passed(self, every: Interval, since: float, step: int) -> bool:
         """Whether an interval has. :param since: when it began, for those that go by the clock."""

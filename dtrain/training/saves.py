@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -70,9 +71,10 @@ class Saves:
                 self.schedule.saved(local=True)
                 self.schedule.snapped(self.done, self._manager.stall_s)
             case Action.SNAPSHOT:
+                started = time.monotonic()
                 self._begin(checkpoint=False)
                 self._manager.snapshot(self._state, self.done, self._position())
-                self.schedule.snapped(self.done, self._manager.stall_s)
+                self.schedule.snapped(self.done, time.monotonic() - started)
 
     def save(self, metrics: Mapping[str, float] | None = None) -> None:
         """Have the state committed, unless that was asked for before.
