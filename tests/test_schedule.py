@@ -100,7 +100,7 @@ def test_an_early_checkpoint_waits_or_is_skipped_and_counted(clock: Clock) -> No
 def log_of(*steps: int, metrics: dict[int, float] | None = None, age_s: float = 10.0) -> Log:
     log = Log(None)  # type: ignore[arg-type]  # nothing is read
     for number, step in enumerate(steps):
-        measured = {"loss": metrics[step]} if metrics and step in metrics else {}
+        measured = {"val/loss": metrics[step]} if metrics and step in metrics else {}
         when = -age_s * (len(steps) - 1 - number)
         log.entries.append(
             Entry(kind="commit", epoch=1, time=when, step=step, attempt=str(step), metrics=measured, number=number)
@@ -118,7 +118,7 @@ def test_what_is_kept_is_what_any_rule_keeps() -> None:
     assert kept(log_of(*steps), Keep(last=3)) == [15, 18, 21]
     assert kept(log_of(*steps), Keep(last=2, every=10)) == [12, 18, 21]
     assert kept(log_of(*steps), Keep(last=2, younger_s=35)) == [12, 15, 18, 21]
-    best = Best("loss", k=2)
+    best = Best("val/loss", k=2)
     losses = {3: 0.5, 6: 0.2, 9: math.nan, 12: 0.2, 15: 0.9}
     assert kept(log_of(*steps, metrics=losses), Keep(last=2, best=best)) == [6, 12, 18, 21]
     assert kept(log_of(*steps, metrics=losses), Keep(last=2, every=9, best=best)) == [6, 9, 12, 18, 21]
@@ -132,8 +132,8 @@ def test_two_are_kept_whatever_the_rules_say() -> None:
 
 def test_the_best_is_the_oldest_of_equals_and_never_a_nan() -> None:
     log = log_of(1, 2, 3, 4, metrics={1: math.nan, 2: 0.7, 3: 0.7, 4: 0.1})
-    assert [entry.step for entry in best_of(log.entries, Best("loss", "max", 3))] == [2, 3, 4]
-    assert [entry.step for entry in best_of(log.entries, Best("loss", "min", 1))] == [4]
+    assert [entry.step for entry in best_of(log.entries, Best("val/loss", "max", 3))] == [2, 3, 4]
+    assert [entry.step for entry in best_of(log.entries, Best("val/loss", "min", 1))] == [4]
     assert best_of(log.entries, Best("other")) == []
 
 
