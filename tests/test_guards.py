@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dtrain.observe.report import history
 from tests import jobs
 from tests.evidence import assert_nothing_left, of_run
 from tests.jobs import read_lines
@@ -54,6 +55,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_no_trace(how: str, ran
     assert "step 7 is left out: the gradient isn't finite; it comes from rank 1" in said
     restored = [event["step"] for event in events(spoilt, "restored")]
     assert restored == ([6] if how == "skip" else [4]), "by what is in memory, or by the last checkpoint"
+    (told,) = history(spoilt.run).left_out
+    assert (told.step, told.rolled_back, told.samples) == (7, True, found["samples"])
     lines = [line for line in read_lines(Path(spoilt.run) / "metrics.jsonl") if line["step"] == 7]
     assert lines == [], "a step that was rolled back is none that counts"
 

@@ -74,12 +74,27 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A step that takes no part in the training."""
+
+    time: float
+    step: int
+    reason: str
+    """Empty where it is told by the failures before it."""
+    rolled_back: bool
+    """Whether the run went back to a state before it, and came to it again to pass it over."""
+    samples: dict[str, list[int]]
+    """Their ids, by the name of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class History:
     """The events of a run, in the order in which they happened."""
 
     trainers: list[Trainer] = field(default_factory=list)
     commits: list[Commit] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def alive(self, rank: int) -> Trainer | None:
@@ -177,5 +192,17 @@ def _add(found: History, line: dict[str, Any]) -> None:
                     found.failures[index] = replace(
                         failure, restored=restored, caught_up=line["step"], caught_up_at=time
                     )
+        case "skipped" | "rolled_back" as kind:
+            back = kind == "rolled_back"
+            if back or not any(one.step == line["step"] and one.rolled_back for one in found.left_out):
+                found.left_out.append(
+                    LeftOut(
+                        time=time,
+                        step=line["step"],
+                        reason=line.get("reason", ""),
+                        rolled_back=back,
+                        samples=line["samples"],
+                    )
+                )
         case "warning":
             found.warnings.append(str(line["message"]))
