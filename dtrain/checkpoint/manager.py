@@ -306,6 +306,13 @@ def from_rank_0(work: Callable[[], T]) -> T:
     return result
 
 
+def from_all_ranks(mine: T) -> list[T]:
+    """What each rank has."""
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    return theirs
+
+
 def on_all_ranks(work: Callable[[], object], expected: tuple[type[Exception], ...]) -> str:
     """Do something on every rank. :returns: the first rank's failure of an expected kind; empty if there is none."""
     problem = ""
@@ -313,6 +320,4 @@ def on_all_ranks(work: Callable[[], object], expected: tuple[type[Exception], ..
         work()
     except expected as error:
         problem = f"rank {dist.get_rank()}: {error}"
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next(filter(None, problems), "")
+    return next(filter(None, from_all_ranks(problem)), "")

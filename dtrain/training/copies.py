@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from dtrain.checkpoint.manager import from_all_ranks
 from dtrain.checkpoint.plan import local_part
 from dtrain.elastic.failure import GoBack
 from dtrain.errors import Unreliable
@@ -111,7 +112,7 @@ class Copies:
         return place
 
     def _disagree(self, step: int, found: list[tuple[int, int]]) -> NoReturn:
-        hosts = _from_all(socket.gethostname())
+        hosts = from_all_ranks(socket.gethostname())
         odd = _odd(found)
         if dist.get_rank() == 0:
             self._events.emit("diverged", step=step, ranks=odd, digests=[f"{digest:016x}" for _, digest in found])
@@ -120,7 +121,7 @@ class Copies:
             names = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd)
             which = f"those of {names} are not those of the others"
         else:
-            marks = _from_all(self._exchange.marks())
+            marks = from_all_ranks(self._exchange.marks())
             notes = self._notes() if dist.get_rank() == 0 else None
             if notes is not None:
                 notes.set(_SUSPECTS, json.dumps({"step": step, "copies": found, "hosts": hosts, "marks": marks}))
@@ -142,7 +143,7 @@ class Copies:
         if len(noted["hosts"]) == dist.get_world_size():
             now, then = self._exchange.marks(), {int(at): marks for at, marks in noted["marks"][rank].items()}
             differ = [at for at in sorted(now.keys() & then.keys()) if now[at] != then[at]]
-            first = _from_all(differ[0] if differ else step + 1)
+            first = from_all_ranks(differ[0] if differ else step + 1)
             right = [[part, digest] for part, digest in found]
             odd = [one for one, at in enumerate(first) if at == min(first) <= step] or [
                 one for one, copy in enumerate(noted["copies"]) if copy != right[one]
@@ -173,13 +174,6 @@ class Copies:
                     "machine can't be trusted, unless the code does something else on this rank. The last checkpoint "
                     "is from before; start without that machine"
                 )
-
-
-def _from_all(mine: Any) -> list[Any]:
-    """What each rank has. All ranks must reach it."""
-    theirs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(theirs, mine)
-    return theirs
 
 
 def digest_of(tensors: Iterable[torch.Tensor]) -> int:

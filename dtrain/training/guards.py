@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from dtrain.checkpoint.manager import from_all_ranks
 from dtrain.checkpoint.plan import local_part
 from dtrain.criteria import Guards
 from dtrain.elastic.failure import GoBack
@@ -113,11 +114,13 @@ class Watch:
 
     def _nonfinite(self, step: Step, loss: float) -> str:
         """What isn't finite, and whose it was. All ranks must reach it."""
-        mine = {"host": socket.gethostname(), "losses": step.bad_losses(), "gradient": step.bad_gradient()}
-        everybodys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, mine)
+        mine: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "losses": step.bad_losses(),
+            "gradient": step.bad_gradient(),
+        }
         named = []
-        for rank, theirs in enumerate(everybodys):
+        for rank, theirs in enumerate(from_all_ranks(mine)):
             if theirs["losses"]:
                 batches = ", ".join(map(str, theirs["losses"]))
                 several = "es" if len(theirs["losses"]) > 1 else ""

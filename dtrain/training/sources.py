@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from dtrain.checkpoint.manager import from_all_ranks
 from dtrain.config import Config
 from dtrain.errors import DataError, UsageError
 from dtrain.training.data import Collate, Data, Dataset, MapData, is_map_style
@@ -107,8 +107,7 @@ class Sources:
     def check(self) -> None:
         """All ranks must reach it. :raises DataError: they don't have the same data."""
         known = {name: data.position() for name, data in self._sorted() if not isinstance(data, Stream)}
-        everybodys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, known)
+        everybodys = from_all_ranks(known)
         for rank, other in enumerate(everybodys):
             if other != everybodys[0]:
                 raise DataError(f"the data of rank {rank} is not that of rank 0; make or read it alike on all ranks")

@@ -6,9 +6,9 @@ import socket
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
+from dtrain.checkpoint.manager import from_all_ranks
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.state import State
 from dtrain.errors import Unreliable
@@ -36,9 +36,7 @@ class Twice:
 
         :raises Unreliable: it is another result on some rank.
         """
-        mine = socket.gethostname() if self._digest() != self._first else ""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+        found = from_all_ranks(socket.gethostname() if self._digest() != self._first else "")
         named = [f"rank {rank} ({host})" for rank, host in enumerate(found) if host]
         if named:
             raise Unreliable(
