@@ -72,7 +72,8 @@ class Cases:
             assert f"rank {job.rank} (" in found["reason"], f"{what}: {found['reason']}"
             return what
         every = dice.randint(1, 5)
-        job = replace(job, flip_at=(step,), flip=seed, guards={"compare_every": every})
+        snapshots = dice.choice([1, 100])  # they are compared as well
+        job = replace(job, flip_at=(step,), flip=seed, guards={"compare_every": every}, snapshot_every=snapshots)
         what = f"rank {job.rank} of {ranks}, after step {step}: a bit flips (compared every {every} steps)"
         assert finished(job, ranks) == self.clean(ranks), f"{what}: other weights"
         (found,) = events(job, "diverged")

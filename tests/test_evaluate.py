@@ -293,6 +293,23 @@ def test_fit_is_the_loop_by_hand(tmp_path: Path) -> None:
                         found = run.evaluate(model, held_out, {"loss": loss})
         return {name: value.clone() for name, value in bare.state_dict().items()}, found
 
+    def wrong(**options: Any) -> str:
+        def try_it(rank: int) -> None:
+            with opened(tmp_path / "wrong") as run:
+                model = run.parallelize(nn.Linear(FEATURES, CLASSES))
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+                given: dict[str, Any] = {"loss": dtrain.Mean(F.cross_entropy), "epochs": 1} | options
+                dtrain.fit(run, model, optimizer, samples(40, 1), **given)
+
+        (error,) = errors(1, try_it)
+        assert isinstance(error, UsageError), error
+        return str(error)
+
+    assert "must be a dtrain.Mean" in wrong(loss=F.cross_entropy)
+    assert "epochs='3'" in wrong(epochs="3")
+    assert "give one of them" in wrong(steps=3)
+    assert "takes metrics by name" in wrong(metrics=[Plain()])
+    assert "outputs gave a Tensor; it gives a tuple" in wrong(outputs=lambda model, batch: model(batch[0]))
     fitted = in_world(2, lambda rank: work(tmp_path / "fit", True))
     by_hand = in_world(2, lambda rank: work(tmp_path / "hand", False))
     assert_equal(list(map(list, fitted)), list(map(list, by_hand)))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import dtrain
 from dtrain.elastic.failure import GoBack
 from dtrain.errors import Garbage, Unreliable, UsageError
-from tests.training import built, opened
+from tests.training import built, dataset, opened
 from tests.world import alone, errors, in_world
 
 Spoil = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -89,7 +89,8 @@ def test_too_many_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     for error in errors(2, work):
         assert isinstance(error, Garbage)
         assert "step 6: the loss is nan" in str(error)
-        assert "after 2 steps in a row that were left out (Guards.most_in_a_row=2)" in str(error)
+        assert "after 2 steps in a row that were left out" in str(error)
+        assert "or allow for more of them than Guards(most_in_a_row=2)" in str(error)
     assert [event["step"] for event in events(tmp_path, "skipped")] == [2, 4, 5]
 
 
@@ -226,3 +227,66 @@ def test_averaged_weights_in_the_place_of_the_models_are_not_saved(tmp_path: Pat
     (error,) = errors(1, work)
     assert isinstance(error, UsageError)
     assert "a checkpoint inside of ema.applied() would hold the averaged weights" in str(error)
+
+
+def test_a_checkpoint_before_the_measurement_of_a_step_does_not_hide_it(tmp_path: Path) -> None:
+    def work(rank: int) -> Any:
+        with opened(tmp_path, keep_best=dtrain.Best("val/m")) as run:
+            model, optimizer, data = built(run)
+            for step in run.steps(3):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).square().sum(), count=len(x))
+                step.update(optimizer)
+                if step.number == 2:
+                    run.save()
+                    mean = {"m": dtrain.Mean(lambda outputs, targets, reduction: outputs.sum())}
+                    run.evaluate(model, [(torch.ones(4), torch.ones(1))] * 4, mean)
+            return run.best
+
+    found = in_world(2, work)
+    assert found[0] == found[1]
+    assert found[0][0] == 2
+    log = [json.loads(path.read_text())["entry"] for path in sorted((tmp_path / "log").glob("*.json"))]
+    assert [(entry["step"], "val/m" in entry["metrics"]) for entry in log if entry["kind"] == "commit"] == [
+        (2, False),
+        (2, True),
+        (3, False),
+    ]
+
+
+def test_a_step_that_is_skipped_is_so_for_all_its_optimizers(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with opened(tmp_path, guards=dtrain.Guards(nonfinite="skip")) as run:
+            nets = [run.parallelize(torch.nn.Linear(4, 1)) for _ in range(2)]
+            optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+            data = run.data(dataset())
+            run.track(a=nets[0], b=nets[1], oa=optimizers[0], ob=optimizers[1])
+            before = torch.empty(0)
+            for step in run.steps(3):
+                for x, _ in step.micro_batches(data):
+                    broken = torch.nan if step.number == 3 else 1.0
+                    step.backward(nets[0](x).square().sum() * broken + nets[1](x).square().sum(), count=len(x))
+                if step.number == 3:
+                    before = torch.cat([p.detach().reshape(-1) for p in nets[1].parameters()])
+                for optimizer in optimizers:
+                    step.update(optimizer)
+            return before, torch.cat([p.detach().reshape(-1) for p in nets[1].parameters()])
+
+    before, after = alone(lambda: work(0))
+    assert torch.equal(before, after)
+
+
+def test_a_metric_that_is_gone_by_has_to_be_measured_and_an_average_tracked(tmp_path: Path) -> None:
+    def work(metric: str, track: bool) -> None:
+        with opened(tmp_path / metric.replace("/", "-"), keep_best=dtrain.Best(metric)) as run:
+            model, optimizer, _ = built(run)
+            ema = dtrain.EMA(model, optimizer)
+            if track:
+                run.track(ema=ema)
+            held_out = [(torch.ones(4), torch.ones(1))] * 4
+            run.evaluate(model, held_out, {"loss": dtrain.Mean(torch.nn.functional.mse_loss)}, average=ema)
+
+    (error,) = errors(1, lambda rank: work("val/los", True))
+    assert "evaluate(name='val') measures val/loss, and keep_best goes by 'val/los'" in str(error)
+    (error,) = errors(1, lambda rank: work("val/loss", False))
+    assert "evaluate(average=...): that isn't tracked, and would begin anew after a failure" in str(error)

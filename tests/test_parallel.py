@@ -253,7 +253,7 @@ def test_the_samples_are_those_of_one_process_under_fsdp(tmp_path: Path) -> None
         found = []
         with opened(tmp_path, parallel="fsdp", global_batch=14, micro_batch=2) as run:
             model = run.parallelize(Net())
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
             data = run.data(torch.utils.data.TensorDataset(samples().tensors[0], torch.arange(SAMPLES)))
             run.track(model=model, optimizer=optimizer)
             for step in run.steps(8):

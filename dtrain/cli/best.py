@@ -63,6 +63,8 @@ class Best:
                 ],
                 right=("", "step", *names),
             )
+            if not fits:
+                print(f"(there is no room for {', '.join(others)}; --json shows all)")
         else:
             print(f"no checkpoint of {self.folder} has {criterion.metric}")
         return 0 if found else 1
@@ -74,15 +76,14 @@ class Best:
         metric, mode = self.metric or (by.metric if by else None), self.mode
         if mode is None and by is not None and by.metric == metric:
             mode = by.mode
+        if metric is not None and metric not in known:
+            have = ", ".join(known) or "no metrics"
+            raise StateError(f"{self.folder}: no checkpoint has {metric!r}; they have: {have}")
         if metric is None or mode is None:
             what = "which metric" if metric is None else f"whether more of {metric}"
             raise StateError(
                 f"{self.folder}: the run doesn't say {what} is better; give --metric and --mode (its checkpoints have: "
                 f"{', '.join(known) or 'no metrics'})"
-            )
-        if metric not in known:
-            raise StateError(
-                f"{self.folder}: no checkpoint has {metric!r}; they have: {', '.join(known) or 'no metrics'}"
             )
         return Criterion(metric, mode, k=max(1, len(log.commits())), on_training=True)
 

@@ -57,15 +57,16 @@ class OnNodes:
                 command = agent(nodes, node, self.script, least=int(least), most=int(most or least), nproc=self.nproc)
                 nodes.start(node, command)
 
-            for node in range(self.count):
-                start(node)
-            print(
-                f"[nodes] {self.count} nodes, {least}:{most or least} needed; type {_COMMANDS} with a number, or quit",
-                file=sys.stderr,
-            )
-            lines: Queue[str] = Queue()
-            threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
             try:
+                for node in range(self.count):
+                    start(node)
+                print(
+                    f"[nodes] {self.count} nodes, {least}:{most or least} needed; type {_COMMANDS} with a number, or "
+                    "quit",
+                    file=sys.stderr,
+                )
+                lines: Queue[str] = Queue()
+                threading.Thread(target=_read_lines, args=(lines,), daemon=True).start()
                 while any(map(nodes.is_running, range(self.count))):
                     with contextlib.suppress(Empty):
                         self._obey(lines.get(timeout=0.5), nodes, start)

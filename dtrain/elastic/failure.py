@@ -47,8 +47,11 @@ class Failure:
     """A checkpoint couldn't be written."""
     victim: bool = False
     """It looks like the outcome of another rank's death."""
+    agreed: bool = False
+    """No rank has failed: the trainers have agreed to go back,
+    """
     over: int = 0
-    """The trainers have agreed to go back, and to pass over this step."""
+    """and to pass over this step; 0 for none."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -56,7 +59,7 @@ class Failure:
         if isinstance(error, SystemExit):
             return cls(cause=f"exited with {error.code!r}", trace=traceback.format_exc()[-_TRACE_BYTES:])
         if isinstance(error, GoBack):
-            return cls(cause=str(error)[:_CAUSE_LETTERS], over=error.over)
+            return cls(cause=str(error)[:_CAUSE_LETTERS], agreed=True, over=error.over)
         trace = str(error) if isinstance(error, DtrainError | SaveError) else traceback.format_exc()
         return cls(
             cause=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:_CAUSE_LETTERS],

@@ -283,7 +283,8 @@ class Supervisor:
         mine = self._judge.outcome(failure, rank, len(self._group.failures(self._run)), asked, place)
         outcome = self._group.settle(generation, mine)
         if outcome == mine:
-            self._group.remember_failure(self._run)
+            if not failure.over:
+                self._group.remember_failure(self._run)
             page = self._page
             at = max(page.step, page.restored)
             if os.path.isdir(self._config.local_dir):
@@ -291,7 +292,8 @@ class Supervisor:
                     "failed", generation=generation, rank=mine.rank, cause=mine.cause, step=at, best=mine.best
                 )
             if mine.kind == "failed":
-                say(f"rank {mine.rank} failed after step {at}: {mine.cause}; starting it again")
+                what = "" if failure.agreed else f"rank {mine.rank} failed after step {at}: "
+                say(f"{what}{mine.cause}; starting {'all ranks' if failure.agreed else 'it'} again")
                 # A victim's says where it was when another one died, which comes out in a moment.
                 if mine.trace and mine.trace != self._said and not failure.victim:
                     say(mine.trace)

@@ -68,7 +68,7 @@ class Judge:
                 what = "checkpoint" if failure.unsaved else "step"
                 cause = f"no new {what} in {stalled} generations; the last time rank {rank} failed: {cause}{where}"
                 final = True
-        if failures >= config.max_failures_per_hour and not (final or asked):
+        if failures >= config.max_failures_per_hour and not (final or asked or failure.over):
             cause = (
                 f"{failures + 1} failures within an hour, and max_failures_per_hour={config.max_failures_per_hour}; "
                 f"the last: rank {rank} failed: {cause}"

@@ -69,9 +69,10 @@ class Metrics:
 
     def __init__(self, root: str) -> None:
         self._file = (Path(root) / METRICS).open("ab", buffering=1 << 16)
-        # A line that was cut off by a kill would swallow the one behind it.
-        if self._file.tell():
-            self._file.write(b"\n")
+        with contextlib.suppress(OSError):
+            whole = (Path(root) / METRICS).read_bytes()[-1:] in (b"", b"\n")
+            if not whole:  # a line that was cut off by a kill would swallow the one behind it
+                self._file.write(b"\n")
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, float]) -> None:

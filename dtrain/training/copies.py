@@ -7,6 +7,7 @@ hashes what it holds; that a hash differs is enough to know.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections import Counter
@@ -116,6 +117,8 @@ class Copies:
         odd = _odd(found)
         if dist.get_rank() == 0:
             self._events.emit("diverged", step=step, ranks=odd, digests=[f"{digest:016x}" for _, digest in found])
+        self._forget()
+        dist.barrier()  # who raises first has the others killed
         if odd:
             self._count_errors(step, [(rank, hosts[rank]) for rank in odd])
             names = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd)
@@ -124,9 +127,9 @@ class Copies:
             marks = from_all_ranks(self._exchange.marks())
             notes = self._notes() if dist.get_rank() == 0 else None
             if notes is not None:
-                notes.set(_SUSPECTS, json.dumps({"step": step, "copies": found, "hosts": hosts, "marks": marks}))
+                with contextlib.suppress(dist.DistError):  # it is too long, with thousands of ranks
+                    notes.set(_SUSPECTS, json.dumps({"step": step, "copies": found, "hosts": hosts, "marks": marks}))
             which = "which of them are wrong is known when this step comes again"
-        self._forget()
         raise GoBack(f"the copies of the parameters differ after step {step}: {which}; back to the last checkpoint")
 
     def _name_suspects(self, step: int, found: list[tuple[int, int]]) -> None:
@@ -181,6 +184,8 @@ def digest_of(tensors: Iterable[torch.Tensor]) -> int:
     state = xxhash.xxh3_64()
     for tensor in tensors:
         data = tensor.detach()
+        if data.numel() == 0:  # a rank's part of what is shorter than there are ranks
+            continue
         if data.is_cuda:  # XOR of the bits, on the device: enough to see that one has flipped
             state.update(torch.hash_tensor(data).cpu().numpy().tobytes())
         else:

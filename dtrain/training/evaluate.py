@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -179,6 +180,8 @@ def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return float(value) if value.numel() == 1 else value.detach().cpu()
+    if isinstance(value, np.generic | np.ndarray) and value.size == 1:
+        return float(value.item())
     return float(value) if isinstance(value, int | float) else value
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -54,27 +53,31 @@ class Exchange:
         self.looks = False
         """Whether this rank's own gradients are looked at, before they are added to those of the others."""
         self._sums: list[torch.Tensor] = []
-        self._marks: deque[tuple[int, list[torch.Tensor]]] = deque(maxlen=_REMEMBERED)
+        self._step = 0
+        self._marks: dict[int, torch.Tensor] = {}
 
     def begin(self, step: int) -> None:
         """A step begins."""
         self._sums.clear()
-        self._marks.append((step, []))
+        self._step = step
+        self._marks.pop(step - _REMEMBERED, None)
 
     def look(self, gradients: torch.Tensor) -> None:
         """Remember of gradients of this rank whether they are finite, and what tells them from any others."""
         if self.looks:
             self._sums.append(gradients.sum(dtype=torch.float32))  # it isn't finite if one of them isn't
-            self._marks[-1][1].append(_mark(gradients))
+            before = self._marks.get(self._step)
+            mark = _mark(gradients)
+            self._marks[self._step] = mark if before is None else before * 31 + mark
 
     @property
     def bad(self) -> bool:
         """Whether a gradient of this rank wasn't finite in this step, as far as they were looked at."""
         return any(not math.isfinite(found) for found in map(float, self._sums))
 
-    def marks(self) -> dict[int, list[int]]:
+    def marks(self) -> dict[int, int]:
         """Of the last steps: what tells this rank's own gradients from any others, as far as they were looked at."""
-        return {step: [int(mark) for mark in marks] for step, marks in self._marks if marks}
+        return {step: int(mark) for step, mark in self._marks.items()}
 
     def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int) -> None:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
@@ -131,8 +134,9 @@ class Exchange:
 def _mark(gradients: torch.Tensor) -> torch.Tensor:
     """A sum of the bits, as whole numbers: it changes with any of them, and takes no longer than a sum does."""
     flat = gradients.reshape(-1)
-    even = flat[: flat.numel() - flat.numel() % 8]  # of whichever type, a multiple of 8 bytes
-    return even.view(torch.int64).sum()
+    even = flat.numel() - flat.numel() % 8  # of whichever type, a multiple of 8 bytes
+    mark = flat[:even].view(torch.int64).sum()
+    return mark + flat[even:].view(torch.uint8).sum() if even < flat.numel() else mark
 
 
 def finished(value: torch.Tensor) -> torch.futures.Future[torch.Tensor]:

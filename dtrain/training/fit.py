@@ -8,6 +8,7 @@ def main(run: dtrain.Run) -> None:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def fit(
     loss: Mean,
     steps: int | None = None,
     epochs: float | None = None,
-    schedulers: Iterable[LRScheduler] = (),
+    schedulers: Iterable[LRScheduler] | LRScheduler = (),
     clip: float | None = None,
     val: Dataset | None = None,
     metrics: Mapping[str, Metric] | None = None,
@@ -65,6 +66,14 @@ def fit(
     :returns: what was measured last; empty if nothing was in this start of the run.
     :raises UsageError: it isn't said how long to train, or how often to measure.
     """
+    if not isinstance(loss, Mean):
+        raise UsageError(f"fit(loss={loss!r}) must be a dtrain.Mean, as in dtrain.Mean(F.cross_entropy)")
+    if not isinstance(metrics, Mapping | None):
+        raise UsageError(f"fit(metrics=...) takes metrics by name, such as {{'accuracy': ...}}, and no {type(metrics)}")
+    if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < math.inf):
+        raise UsageError(f"fit(epochs={epochs!r}) must be a number above 0")
+    if isinstance(schedulers, LRScheduler):
+        schedulers = (schedulers,)
     if (steps is None) == (epochs is None):
         raise UsageError(f"fit(steps={steps}, epochs={epochs}): give one of them")
     every = Interval.parse(evaluate_every, "evaluate_every")
@@ -74,10 +83,10 @@ def fit(
         raise UsageError("fit: an iterable data set has no epochs; give steps=, and evaluate_every= in steps")
     batch = run.config.global_batch
     length = len(data) if is_map_style(data) else 0
-    total = steps if steps is not None else -int(-(epochs or 0) * length // batch)
+    total = steps if steps is not None else math.ceil(round((epochs or 0) * length / batch, 6))
     schedules = tuple(schedulers)
     source = run.data(data, collate=collate, workers=workers)
-    tracked = {"model": model, "optimizer": optimizer} | ({} if average is None else {"average": average})
+    tracked = {"model": model, "optimizer": optimizer} | ({} if average is None else {"ema": average})
     run.track(**tracked, **{f"schedule_{number}": schedule for number, schedule in enumerate(schedules)})
 
     def due(step: int) -> bool:
@@ -89,7 +98,10 @@ def fit(
     found: dict[str, Any] = {}
     for step in run.steps(total):
         for inputs in step.micro_batches(source):
-            value, count = loss.sum(*outputs(model, inputs))
+            made = outputs(model, inputs)
+            if not isinstance(made, tuple):
+                raise UsageError(f"fit: outputs gave a {type(made).__qualname__}; it gives a tuple: (outputs, targets)")
+            value, count = loss.sum(*made)
             step.backward(value, count=count)
         step.update(optimizer, *schedules, clip=clip)
         if val is not None and (due(step.number) or step.number == total):

@@ -140,15 +140,14 @@ class Watch:
         if how == "stop" or in_a_row >= guards.most_in_a_row:
             if dist.get_rank() == 0:
                 self._events.emit("garbage", step=number, reason=reason, samples=samples)
-            too_many = (
-                f", after {in_a_row} steps in a row that were left out (Guards.most_in_a_row={guards.most_in_a_row})"
-                if how != "stop"
-                else ""
-            )
+            what = f"step {number}: {reason}"
+            remedy = "or have such steps left out by Config(guards=dtrain.Guards(nonfinite='skip'))"
+            if how != "stop":
+                what += f", after {in_a_row} steps in a row that were left out"
+                remedy = f"or allow for more of them than Guards(most_in_a_row={guards.most_in_a_row})"
             raise Garbage(
-                f"step {number}: {reason}{too_many}. The optimizer hasn't seen it, and the checkpoints are from "
-                "before; the ids of its samples are in events.jsonl. Lower the learning rate, clip, look at these "
-                "samples, or have such steps left out by Config(guards=dtrain.Guards(nonfinite='skip'))"
+                f"{what}. The optimizer hasn't seen it, and the checkpoints are from before; the ids of its samples "
+                f"are in events.jsonl. Lower the learning rate, clip, look at these samples, {remedy}"
             )
         # Running means that have seen it, and an optimizer before this one, can't be taken back: then only a state from
         # before is without a trace of the step.
@@ -157,13 +156,15 @@ class Watch:
         if dist.get_rank() == 0:
             kind = "rolled_back" if back else "skipped"
             self._events.emit(kind, step=number, reason=reason, samples=samples)
-            say(f"step {number} is left out: {reason}; the ids of its samples are in events.jsonl")
+            if not back:
+                say(f"step {number} is skipped: {reason}; the ids of its samples are in events.jsonl")
         if not back:
             self._skipped.add(number)
             return False
         if how == "rollback":
             self._forget()
-        raise GoBack(f"step {number} is passed over: {reason}", over=number)
+            dist.barrier()  # who raises first has the others killed
+        raise GoBack(f"step {number}: {reason}; back to a state before it, and the step will be skipped", over=number)
 
     def check_parameters(self, step: int) -> None:
         """Before a checkpoint. :raises Garbage: a parameter isn't finite, by an update that was too large."""

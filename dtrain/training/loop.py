@@ -64,18 +64,21 @@ class Loop:
         self._exchange = exchange
         self._manager = manager
         self._skipped = set(life.skipped)
-        self._saves = Saves(config, manager, state, sources, self._skipped, self._before_saving)
+        first = life.generation == 0 and life.group.placement.restarts == 0
+        self._saves = Saves(config, manager, state, sources, self._skipped, self._before_saving, first=first)
         notes = functools.partial(life.group.notes_store, run_name(config))
         self._copies = Copies(parallel, config.guards.compare_every, exchange, events, notes, manager.forget)
         self._watch = Watch(
             config.guards, parallel, sources, events, self._skipped, self._copies.compare, manager.forget
         )
-        self._saves.watched = self._watch.state
+        self._saves.watch = self._watch
         exchange.looks = self._watch.looks or config.guards.compare_every is not None
         self._record: Record | None = None
         self._step: Step | None = None
         self._rehearses = False
         """Whether the step under way is computed to be compared, and will be computed again."""
+        self._rehearsed: dict[str, float] = {}
+        """What was measured in it, should the loop be left with it."""
         self._found_better = False
         self._buffers: Buffers | None = None
         self.stop = False
@@ -97,14 +100,14 @@ class Loop:
             for part in inexact_parts(self._state, modules):
                 self._events.warn(f"reduction='exact': {part}")
             name_changed_buffers(modules, lambda part: self._events.warn(f"reduction='exact': {part}"))
+        if self._config.guards.verify_restore and not self._sources.can_rewind:
+            raise UsageError("verify_restore=True: an iterable data set can't give the samples of a step a second time")
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
             ranks, done, committed = self._parallel.world_size, saves.done, saves.committed
             self._record = Record(self._config, self._events, ranks, done=done, total=total, committed=committed)
         verify = restored and self._config.guards.verify_restore
-        if verify and not self._sources.can_rewind:
-            raise UsageError("verify_restore=True: an iterable data set can't give the samples of a step a second time")
         end = False
         while saves.done < total and not saves.selection.ended:
             if saves.done + 1 in self._skipped:
@@ -143,7 +146,9 @@ class Loop:
             yield step
         except GeneratorExit:  # the loop was left; its last step counts if the weights are those after it
             if step.updated:
+                self._rehearses = False
                 self._finish(step)
+                self.learn(self._rehearsed)
             raise
         return step
 
@@ -153,7 +158,7 @@ class Loop:
         self._rehearses = True
         step = yield from self._once(number, scaler)
         step.finish()
-        self._rehearses = False
+        self._rehearses, self._rehearsed = False, {}
         twice.back()
         self._watch.load(losses)
         step = yield from self._once(number, scaler)
@@ -179,9 +184,12 @@ class Loop:
     def learn(self, values: Mapping[str, Any]) -> None:
         """Take in what was measured after the update of the step under way."""
         step = self._step
-        if step is None or not step.updated or self._rehearses:
+        if step is None or not step.updated or not values:
             return
         numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+        if self._rehearses:
+            self._rehearsed |= numbers
+            return
         step.log(**numbers)
         self._found_better |= self._saves.selection.learn(step.number, numbers)
 
@@ -208,6 +216,7 @@ class Loop:
                     f"step {step.number}: save comes after step.update, when the weights are those after it"
                 )
             if self._rehearses:
+                self._rehearsed |= measured
                 return
             self._finish(step)
         if measured:
@@ -216,15 +225,15 @@ class Loop:
         if wait:
             self._manager.wait()
 
-    def _before_saving(self, checkpoint: bool) -> None:
+    def _before_saving(self) -> None:
+        """Before each snapshot as well, since any of them may have to be gone on from, or be saved at the end."""
         self._page.mark(Phase.SAVE if self._page.at else Phase.END)
         if self._record is not None:
             self._record.flush()
-        if checkpoint:
-            self._same_buffers()
-            self._copies.compare(self._saves.done)
-            self._watch.check_parameters(self._saves.done)
-            self._page.mark(Phase.SAVE if self._page.at else Phase.END)
+        self._same_buffers()
+        self._copies.compare(self._saves.done)
+        self._watch.check_parameters(self._saves.done)
+        self._page.mark(Phase.SAVE if self._page.at else Phase.END)
 
     def close(self) -> None:
         """Save what isn't saved yet, and end the progress line. See `Run.close`."""
@@ -305,7 +314,6 @@ class Loop:
         self._copies.begin()
         if restored is not None:
             self._page.restored = restored.step
-            self._watch.load(restored.position.get("losses", []))
         if dist.get_rank() == 0:
             count = dist.get_world_size()
             ranks = f"{count} rank{'s' if count > 1 else ''}"

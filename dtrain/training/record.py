@@ -62,7 +62,10 @@ class Record:
         why = f": {selection.ended}" if selection.ended else ""
         say(f"{ended}: step {done} of {max(self._total, done)}, saved{why}")
         if selection.ended:
-            say("it stays stopped when it is started again; Config(resume_stopped=True) goes on")
+            if self._config.resume_stopped:
+                say("the next start goes on once more, as resume_stopped=True")
+            else:
+                say("it stays stopped when it is started again; Config(resume_stopped=True) goes on")
         if (best := self._config.keep_best) and selection.best:
             value, step = selection.best[0]
             say(f"the best {best.metric} is {value:g}, after step {step}; dtrain checkpoint best {self._config.dir}")

@@ -205,6 +205,10 @@ class Run:
         :raises DataError: the data set has less samples than there are ranks.
         """
         self._loop.check_can_measure()
+        if average is not None and not any(average is value for value in self._state.objects.values()):
+            raise UsageError(
+                "evaluate(average=...): that isn't tracked, and would begin anew after a failure: run.track it"
+            )
         with nullcontext() if average is None else average.applied():
             values = self._validation.measure(model, dataset, metrics, name, outputs, collate)
         self.alive()

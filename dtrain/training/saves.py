@@ -15,6 +15,7 @@ from dtrain.checkpoint.state import State
 from dtrain.config import SAME_BITS, Config, Interval
 from dtrain.errors import UsageError
 from dtrain.training.ema import EMA
+from dtrain.training.guards import Watch
 from dtrain.training.selection import Selection, uncommitted
 from dtrain.training.sources import Sources
 
@@ -23,11 +24,12 @@ class Saves:
     """One rank's, in one generation.
 
     :param skipped: steps that were passed over, which a checkpoint remembers.
-    :param ready: called before each: what has to be done first. It is told whether a checkpoint comes.
+    :param ready: called before each: what has to be done first.
+    :param first: whether this is the first generation of a start of the job.
     :ivar done: the step that the state is that of.
     :ivar saved: the step of the newest checkpoint that was asked for; -1 before.
     :ivar committed: where the run stood on the disk when it was restored.
-    :ivar watched: what else is kept: losses that guards look back at.
+    :ivar watch: whose losses, which it looks back at, are kept as well.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Saves:
         state: State,
         sources: Sources,
         skipped: set[int],
-        ready: Callable[[bool], None],
+        ready: Callable[[], None],
+        *,
+        first: bool,
     ) -> None:
         self._config = config
         self._manager = manager
@@ -58,7 +62,10 @@ class Saves:
         self.done = 0
         self.saved = -1
         self.committed = 0
-        self.watched: Callable[[], list[float]] = list
+        self.watch: Watch | None = None
+        self._first = first
+        self._told: set[str] = set()
+        """The metrics that the newest checkpoint was asked for with."""
 
     def act(self, action: Action) -> None:
         """Do what is due."""
@@ -66,13 +73,13 @@ class Saves:
             case Action.SAVE:
                 self.save()
             case Action.LOCAL_SAVE:
-                self._begin(checkpoint=True)
+                self._begin()
                 self._manager.save(self._state, self.done, self._position(), local=True)
                 self.schedule.saved(local=True)
                 self.schedule.snapped(self.done, self._manager.stall_s)
             case Action.SNAPSHOT:
                 started = time.monotonic()
-                self._begin(checkpoint=False)
+                self._begin()
                 self._manager.snapshot(self._state, self.done, self._position())
                 self.schedule.snapped(self.done, time.monotonic() - started)
 
@@ -81,16 +88,16 @@ class Saves:
 
         :param metrics: what it was measured to be worth, since then.
         """
-        if self.saved == self.done and not metrics:
+        known = {**(self.selection.measured if self.selection.measured_at == self.done else {}), **(metrics or {})}
+        if self.saved == self.done and known.keys() <= self._told:
             return
-        self._begin(checkpoint=True)
-        known = self.selection.measured if self.selection.measured_at == self.done else {}
-        self._manager.save(self._state, self.done, self._position(), {**known, **(metrics or {})})
-        self.saved = self.done
+        self._begin()
+        self._manager.save(self._state, self.done, self._position(), known)
+        self.saved, self._told = self.done, set(known)
         self.schedule.saved()
         self.schedule.snapped(self.done, self._manager.stall_s)
 
-    def _begin(self, *, checkpoint: bool) -> None:
+    def _begin(self) -> None:
         """:raises UsageError: the model isn't what it was trained to be just now."""
         for name, value in self._state.objects.items():
             if isinstance(value, EMA) and value.active:
@@ -98,7 +105,7 @@ class Saves:
                     f"a checkpoint inside of {name}.applied() would hold the averaged weights in the place of the "
                     "trained ones: save after that block, or measure by run.evaluate(..., average=...)"
                 )
-        self._ready(checkpoint)
+        self._ready()
 
     def restore(self) -> Restored | None:
         """Load the newest state that all ranks can have; None if there is none. All ranks must reach it."""
@@ -111,13 +118,22 @@ class Saves:
         self.done = restored.step
         self.saved = restored.step if restored.committed else -1
         self.committed = restored.newest
-        if "selection" in position:
-            best = from_rank_0(lambda: self._best_in_log(restored.step)) if self._config.keep_best else []
-            self.selection.load(position["selection"], best, resume=self._config.resume_stopped)
-            if restored.step in uncommitted(position["selection"], {step for _, step in best}):
-                # It was found to be one of the best, and the run was killed before it was saved.
-                self.selection.rank(restored.step, self.selection.measured)
+        if self.watch is not None:
+            self.watch.load(position.get("losses", []))
+        criterion = self._config.keep_best
+        best = from_rank_0(lambda: self._best_in_log(restored.step)) if criterion else []
+        known = {step for _, step in best}
+        found = position.get("selection")
+        if found is None:  # of a time when runs didn't know what was the best
+            self.selection.best = best
+            return restored
+        self.selection.load(found, best, resume=self._config.resume_stopped and self._first)
+        if criterion and found["by"] == asdict(criterion) and restored.step in uncommitted(found, known):
+            # It was found to be one of the best, and the run was killed before it was saved.
+            if self.selection.rank(restored.step, self.selection.measured):
                 self.save(self.selection.measured)
+        elif self.saved == restored.step and self.selection.measured_at == restored.step:
+            self._told = set(self.selection.measured)
         return restored
 
     def _usable(self, position: Mapping[str, Any]) -> bool:
@@ -162,5 +178,5 @@ class Saves:
             "data": self._sources.positions(),
             "skipped": sorted(self._skipped),
             "selection": self.selection.state(),
-            "losses": self.watched(),
+            "losses": self.watch.state() if self.watch else [],
         }

@@ -16,7 +16,9 @@ STEPS = 20
 """Looked at together: one slow step is nothing."""
 _TIMES_SLOWER = 1.5
 _PART_OF_STEP = 0.2
-"""What a rank is behind by must be this much of a step at least."""
+"""What a rank is behind by must be this much of a step at least,"""
+_LEAST_S = 0.01
+"""and as many seconds."""
 
 
 class Stragglers:
@@ -40,7 +42,7 @@ class Stragglers:
         if len(self._times) < STEPS:
             return {}
         typical = [median(times) for times in zip(*self._times, strict=True)]
-        behind = _PART_OF_STEP * median(self._steps)
+        behind = max(_LEAST_S, _PART_OF_STEP * median(self._steps))
         slow = {}
         for share in set(self._shares):
             alike = [rank for rank, theirs in enumerate(self._shares) if theirs == share]
@@ -49,5 +51,5 @@ class Stragglers:
                 if typical[rank] > _TIMES_SLOWER * middle and typical[rank] - middle > behind:
                     slow[rank] = (typical[rank], middle)
         new = {rank: times for rank, times in slow.items() if rank not in self._named}
-        self._named = set(slow)
+        self._named |= set(slow)
         return new

@@ -218,8 +218,8 @@ class Step:
             self._scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = self._divide(gradients, clip)
-        if self._watch.looks and not self._watch.allows(self, finite=finite):
-            self.skipped = True
+        if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):
+            self.skipped = True  # for another optimizer of the same step as well
         else:
             self._before_update()
             if self._take(optimizer):

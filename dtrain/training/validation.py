@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.config import Config
+from dtrain.criteria import Best, EarlyStop
 from dtrain.errors import UsageError
 from dtrain.observe.events import Events
 from dtrain.training.data import Collate, Dataset, digest_of
@@ -72,16 +73,34 @@ class Validation:
         """See `Run.evaluate`."""
         self._check(name, dataset)
         batches = self._sources.in_turns(self._sources.held_out(name, dataset, collate))
-        with self._precision.autocast():
-            found = measure(model, self._marked(batches), metrics, outputs)
-        return {f"{name}/{key}": value for key, value in found.items()}
+
+        def computed(model: nn.Module, batch: Any) -> tuple[Any, ...]:
+            with self._precision.autocast():  # not for the metrics
+                return outputs(model, batch)
+
+        found = measure(model, self._marked(batches), metrics, computed)
+        values = {f"{name}/{key}": value for key, value in found.items()}
+        for option, criterion in self._criteria():
+            if criterion.metric.startswith(f"{name}/") and not isinstance(values.get(criterion.metric), float):
+                numbers = ", ".join(key for key, value in values.items() if isinstance(value, float))
+                raise UsageError(
+                    f"evaluate(name={name!r}) measures {numbers}, and {option} goes by {criterion.metric!r}: measure "
+                    "that too, as a number, or name one of these"
+                )
+        return values
+
+    def _criteria(self) -> Iterator[tuple[str, Best | EarlyStop]]:
+        """What models are chosen by, and the option that says so."""
+        for option in ("keep_best", "early_stop"):
+            if criterion := getattr(self._config, option):
+                yield option, criterion
 
     def _check(self, name: str, dataset: Dataset) -> None:
         """:raises UsageError: a model would be chosen by the data that it is trained on."""
         training = self._sources.map_style
         trained_on = any(data.samples.dataset is dataset for data in training)
-        for criterion in (self._config.keep_best, self._config.early_stop):
-            if criterion and trained_on and criterion.metric.startswith(f"{name}/") and not criterion.on_training:
+        for _, criterion in self._criteria():
+            if trained_on and criterion.metric.startswith(f"{name}/") and not criterion.on_training:
                 raise UsageError(
                     f"evaluate(name={name!r}): this data set is trained on as well, and {criterion} goes by it; hold "
                     "some samples out, or say on_training=True"
