@@ -97,7 +97,7 @@ class Guards:
 
     compare_every: int | None = 100
     """Distance in steps between two comparisons of the ranks' copies of the parameters, under DDP and HSDP. They are
-    also compared before each checkpoint. None compares nothing."""
+    also compared before each snapshot and checkpoint. None compares nothing."""
 
     verify_restore: bool = False
     """Compute the first step after each restore twice, and compare: a machine that computes other numbers the second
