@@ -56,6 +56,7 @@ class Copies:
         self._notes = notes
         self._forget = forget
         self._compared = 0
+        self._parameters: list[torch.nn.Parameter] | None = None
         self._again = 0
         """The step at which it will be known who was wrong before."""
 
@@ -93,7 +94,9 @@ class Copies:
 
     def _tensors(self) -> list[torch.Tensor]:
         """What this rank holds of the parameters."""
-        return [local_part(p).detach() for model in self._parallel.models for p in model.module.parameters()]
+        if self._parameters is None:  # to go through the modules takes as long as the hash
+            self._parameters = [p for model in self._parallel.models for p in model.module.parameters()]
+        return [local_part(parameter).detach() for parameter in self._parameters]
 
     def _noted(self) -> dict[str, Any] | None:
         """On rank 0: what was found when it wasn't clear who was wrong, and isn't yet."""
@@ -118,7 +121,6 @@ class Copies:
         if dist.get_rank() == 0:
             self._events.emit("diverged", step=step, ranks=odd, digests=[f"{digest:016x}" for _, digest in found])
         self._forget()
-        dist.barrier()  # who raises first has the others killed
         if odd:
             self._count_errors(step, [(rank, hosts[rank]) for rank in odd])
             names = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd)
@@ -130,6 +132,7 @@ class Copies:
                 with contextlib.suppress(dist.DistError):  # it is too long, with thousands of ranks
                     notes.set(_SUSPECTS, json.dumps({"step": step, "copies": found, "hosts": hosts, "marks": marks}))
             which = "which of them are wrong is known when this step comes again"
+        dist.barrier()  # who raises first has the others killed, whatever they are at
         raise GoBack(f"the copies of the parameters differ after step {step}: {which}; back to the last checkpoint")
 
     def _name_suspects(self, step: int, found: list[tuple[int, int]]) -> None:

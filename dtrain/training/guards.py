@@ -59,6 +59,7 @@ class Watch:
         self._guards = guards
         self._parallel = parallel
         self._buffers: Buffers | None = None
+        self._parameters: list[tuple[str, torch.nn.Parameter]] | None = None
         self._sources = sources
         self._events = events
         self._skipped = skipped
@@ -142,6 +143,7 @@ class Watch:
                 self._events.emit("garbage", step=number, reason=reason, samples=samples)
             what = f"step {number}: {reason}"
             remedy = "or have such steps left out by Config(guards=dtrain.Guards(nonfinite='skip'))"
+            dist.barrier()  # who raises first has the others killed, whatever they are at
             if how != "stop":
                 what += f", after {in_a_row} steps in a row that were left out"
                 remedy = f"or allow for more of them than Guards(most_in_a_row={guards.most_in_a_row})"
@@ -163,21 +165,26 @@ class Watch:
             return False
         if how == "rollback":
             self._forget()
-            dist.barrier()  # who raises first has the others killed
+        dist.barrier()
         raise GoBack(f"step {number}: {reason}; back to a state before it, and the step will be skipped", over=number)
 
     def check_parameters(self, step: int) -> None:
         """Before a checkpoint. :raises Garbage: a parameter isn't finite, by an update that was too large."""
         if self._guards.nonfinite == "off":
             return
-        for model in self._parallel.models:
-            for name, parameter in model.module.named_parameters():
-                if not torch.isfinite(local_part(parameter).detach().sum(dtype=torch.float32)):
-                    self._forget()  # the snapshots in memory may have it as well
-                    raise Garbage(
-                        f"step {step}: {name} isn't finite, and this state is not saved; the checkpoint before stands. "
-                        "The updates are too large: lower the learning rate"
-                    )
+        if self._parameters is None:  # to go through the modules takes longer than the sums
+            self._parameters = [named for model in self._parallel.models for named in model.module.named_parameters()]
+        if not self._parameters:
+            return
+        sums = [local_part(parameter).detach().sum(dtype=torch.float32) for _, parameter in self._parameters]
+        finite = torch.isfinite(torch.stack(sums))
+        if not finite.all():
+            name = self._parameters[finite.int().argmin()][0]
+            self._forget()  # the snapshots in memory may have it as well
+            raise Garbage(
+                f"step {step}: {name} isn't finite, and this state is not saved; the checkpoint before stands. "
+                "The updates are too large: lower the learning rate"
+            )
 
     def state(self) -> list[float]:
         """The losses that are looked back at, where something follows from them."""
