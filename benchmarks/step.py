@@ -3,8 +3,8 @@
 All train the same model on the same data in the same processes, a step of each in turn, so that whatever else the
 machine does falls on all. dtrain's time is the whole turn of its loop: random state, data, the numbers that ranks
 exchange, guards, metrics and progress line, but no checkpoint and no snapshot: these take 1% of the time by default,
-but here that would be 1% of all loops' time together, at the cost of dtrain's alone. The comparison of the ranks' copies
-of the parameters, which dtrain makes every 100 steps, is timed by itself. See step_peers.py for the others.
+but here that would be 1% of all loops' time together, at the cost of dtrain's alone. The comparison of the ranks'
+copies of the parameters, which dtrain makes every 100 steps, is timed by itself. See step_peers.py for the others.
 
 The second table is what `reduction="exact"` costs: runs with it and without it, in turn, each measured by the loop that
 is written by hand in the same run.
