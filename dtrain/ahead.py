@@ -6,6 +6,10 @@ ever after.
 """
 
 import gc
+import os
+
+STARTED = os.getpid(), os.getppid()
+"""This process and its parent, before the import has taken its time: the parent may be dead by its end."""
 
 _was_on = gc.isenabled()
 gc.disable()

@@ -7,8 +7,10 @@ python train.py                           one process, supervised in the same wa
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,23 @@ from dtrain.checkpoint.channel import Direct
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.slots import Slots
 from dtrain.config import Config
+from dtrain.elastic.farewell import end_with
 from dtrain.elastic.generation import Group
 from dtrain.elastic.page import Page, Phase
 from dtrain.elastic.placement import Placement
 from dtrain.elastic.supervisor import Life, Supervisor
 from dtrain.errors import ConfigError, UsageError
 from dtrain.training.run import Run
+
+_show = sys.excepthook
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _show(kind, error, trace)
+    end_with(error)
+
+
+sys.excepthook = _uncaught
 
 # Asked in the usual way, whether there is a GPU, CUDA is started and can't be used after a fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -8,7 +8,8 @@
 # STORE   HOST:PORT of `dtrain store`
 # NODES   how many nodes the training needs, and how many it takes (MIN:MAX); more than MAX wait as spares
 # NPROC   processes on a node: one for each GPU (1)
-# JOB     tells jobs apart that use the same store (dtrain)
+# JOB     tells jobs apart that use the same store (dtrain). Once a training has come to its end, its name is used up for
+#         as long as the store is there: torchrun has closed the rendezvous of that name
 # ADDRESS of this node, where the others can't reach it by its hostname
 set -euo pipefail
 

@@ -119,3 +119,18 @@ def test_import_names_what_it_leaves_out(tmp_path: Path) -> None:
     assert (code, json.loads(out)["left_out"]) == (0, ["epoch", "optimizer", "state.ema"])
     save_file(weights(), tmp_path / "model.safetensors")
     assert len(dtrain("import", tmp_path / "model.safetensors", tmp_path / "third")[1].splitlines()) == 1
+
+
+def test_large_weights_come_into_a_bucket_as_they_are(s3: Server, tmp_path: Path) -> None:
+    """Below a folder that is called as the checkpoints of a run are."""
+    torch.manual_seed(2)
+    large = {"weight": torch.randn(2 << 20, 3), "bias": torch.randn(2 << 20)}
+    save_file(large, tmp_path / "model.safetensors")
+    url = f"s3://{BUCKET}/checkpoints/{uuid.uuid4().hex}"
+    assert dtrain("import", tmp_path / "model.safetensors", url)[0] == 0
+    assert dtrain("verify", url)[0] == 0
+    assert dtrain("export", url, tmp_path / "out.safetensors")[0] == 0
+    model = nn.Linear(3, 2 << 20)
+    for source in (url, tmp_path / "out.safetensors"):
+        load(source, {"model": model})
+        assert all(torch.equal(tensor, large[name]) for name, tensor in model.state_dict().items())

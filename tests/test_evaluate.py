@@ -162,6 +162,19 @@ def test_averaged_weights_are_measured_in_the_place_of_the_models(tmp_path: Path
     assert 0 < difference < 0.1, "the average has the names of the model, and lags behind it"
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
+def test_averaged_weights_that_are_measured_leave_no_trace_in_any_layout(parallel: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"parallel": parallel, "norm": nn.LayerNorm, "shard_size": 2, "snapshot_every": 1000}
+    if parallel != "hsdp":
+        del options["shard_size"]
+    ranks = 4 if parallel == "hsdp" else 2
+    found = in_world(ranks, lambda rank: train(tmp_path / "a", measure=True, average=True, **options))
+    without = in_world(ranks, lambda rank: train(tmp_path / "b", measure=False, **options))
+    for (weights, measured), (clean, _) in zip(found, without, strict=True):
+        assert_equal(weights, clean)
+        assert_equal(measured, found[0][1])
+
+
 def dtrain_load(root: Path, model: nn.Module) -> None:
     from dtrain.checkpoint import load
 

@@ -107,3 +107,15 @@ def test_a_rank_whose_peer_died_in_the_sum_does_not_go_on_alone() -> None:
     survivor, dead = outcomes(2, work)
     assert "gloo" in survivor
     assert dead == "ended with -9"
+
+
+def test_a_step_that_begins_a_second_time_has_marks_of_its_own() -> None:
+    exchange = Exchange()
+    exchange.looks = True
+    found = []
+    for _ in range(2):
+        exchange.begin(3)
+        exchange.look(torch.arange(5.0))
+        exchange.look(torch.arange(7.0))
+        found.append(exchange.marks())
+    assert found[0] == found[1]

@@ -28,11 +28,12 @@ def train(
     pass_over: int = 0,
     clip: float | None = None,
     spoil: Spoil | None = None,
+    constant: bool = False,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """The weights after some steps."""
+    """The weights after some steps. :param constant: of a model with a buffer that nothing changes."""
     with opened(root, **options) as run:
-        model, optimizer, data = built(run, dropout=0.1)
+        model, optimizer, data = built(run, dropout=0.1, constant=constant)
         if pass_over:
             run._loop._skipped.add(pass_over)
         for step in run.steps(steps):
@@ -55,12 +56,12 @@ def events(root: Path, *kinds: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("parallel", "ranks", "clip"),
-    [("ddp", 1, None), ("ddp", 2, None), ("ddp", 3, 1.0), ("fsdp", 2, None), ("fsdp", 3, 1.0)],
+    [("ddp", 1, None), ("ddp", 2, None), ("ddp", 3, 1.0), ("fsdp", 2, None), ("fsdp", 3, 1.0), ("fsdp", 3, None)],
 )
 def test_a_step_that_is_skipped_is_as_if_its_samples_were_not_there(
     parallel: str, ranks: int, clip: float | None, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"parallel": parallel, "clip": clip}
+    options: dict[str, Any] = {"parallel": parallel, "clip": clip, "constant": (parallel, ranks) == ("fsdp", 3)}
     guards = dtrain.Guards(nonfinite="skip")
 
     def work(rank: int) -> dict[str, torch.Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -72,10 +74,27 @@ def test_the_word_of_an_end_is_for_the_restart_that_follows_and_no_later_one(
     group.remember_end("run", end)
     assert Group.ended_before(restarted, "run") == end
     assert Group.ended_before(restarted, "another run") is None
-    assert Group.ended_before(Placement(store=address, job="job"), "run") is None
+    first = Placement(store=address, job="job")
+    assert Group.ended_before(first, "run") == end, "a spare, whose agent was there before the end"
+    agent = subprocess.Popen(["sleep", "60"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: agent.pid)
+        time.sleep(0.1)
+        group.remember_end("run", end)
+        assert Group.ended_before(first, "run") == end
+        agent.kill()
+        agent.wait()
+        time.sleep(0.1)
+        agent = subprocess.Popen(["sleep", "60"])
+        assert Group.ended_before(first, "run") is None, "a start after the end"
+    agent.kill()
+    agent.wait()
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 100)
-    assert Group.ended_before(restarted, "run") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + 100)
+        assert Group.ended_before(restarted, "run") is None
+    group.forget_end("run")
+    assert Group.ended_before(restarted, "run") is None, "the next start of the same job has formed"
 
 
 def test_failures_are_counted_for_an_hour_and_up_to_the_end_of_the_run(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dtrain.elastic.page import Page, Phase
+from dtrain.elastic.watchdog import Report, Watchdog, blamed
 from tests.saving import commits
 from tests.scripts import Ended, run
 from tests.test_start_errors import events
@@ -93,3 +97,32 @@ def test_a_rank_at_work_that_others_wait_for_is_no_hang(tmp_path: Path) -> None:
     found = run(tmp_path, *QUICK, "--steps", 5, "--body-s", 4, ranks=RANKS)
     assert found.code == 0, found.err
     assert events(tmp_path, "failed") == []
+
+
+@pytest.mark.parametrize("restored", [0, 100])
+def test_a_generations_first_step_has_ten_times_as_long_wherever_it_begins(restored: int) -> None:
+    page = Page.shared()
+    page.begin(1, restored)
+    page.restored, page.at, page.phase = restored, restored + 1, Phase.FORWARD
+    dog = Watchdog(page, 0, 60.0, patient=False)
+    dog._excused = 0.0
+    page.marked_ns -= 100 * 10**9
+    assert not dog.is_silent()
+    page.step = restored + 1
+    assert dog.is_silent()
+    dog.close()
+
+
+def test_a_rank_that_hangs_behind_its_last_update_is_blamed_and_not_one_that_waits_in_the_end() -> None:
+    page = Page.shared()
+    page.begin(0, 0)
+    page.at = 5
+    page.finished(5)
+    dog = Watchdog(page, 0, 60.0, patient=False)
+    hangs = dog.report(os.getpid())
+    page.at = 0
+    page.mark(Phase.END)
+    waits: Report = replace(dog.report(os.getpid()), rank=1)
+    assert blamed([hangs, waits]) == [hangs]
+    assert " has been in the end, after its loop for " in waits.place
+    dog.close()

@@ -15,8 +15,8 @@ from torch import nn
 from dtrain.checkpoint import Reader, load
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
-from tests.saving import Kept, bits, differences
-from tests.steps_of_a_run import flip
+from tests.saving import Kept, bits, differences, folder_of
+from tests.steps_of_a_run import flip, make, objects
 from tests.world import alone, errors, in_world
 from tests.written import manifest_of, only_chunk, write
 
@@ -67,6 +67,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run: Path, tm
         load(copy, made(9), step=2)
     with pytest.raises(ConfigError, match="no good checkpoint of step 7; there are: 1, 2"):
         load(copy, made(9), step=7)
+
+
+def test_of_a_step_that_was_committed_twice_the_good_copy_is_loaded(tmp_path: Path) -> None:
+    make(tmp_path, [10, 20, 20])
+    (folder_of(tmp_path, 20) / "__0_0.distcp").unlink()
+    for step in (20, None):
+        model = nn.Linear(5, 3)
+        with pytest.warns(UserWarning, match="checkpoint of step 20 is damaged and passed over: .* is missing"):
+            assert load(tmp_path, {"model": model}, step=step).step == 20
+        assert torch.equal(model.weight, objects(20)["model"].weight)
 
 
 def test_a_damaged_tensor_is_an_error_on_all_ranks(run: Path, tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def test_a_broken_entry_that_a_live_writer_comes_upon_fences_it(storage: LocalSt
     before = files(storage)
     with pytest.raises(Fenced, match=r"can't read log/00000001\.json"):
         log.append(entry(log))
+    with pytest.raises(Fenced, match=r"can't read log/00000001\.json"):
+        log.append(entry(log))  # and for good
     assert files(storage) == before
     # One that was there at the claim doesn't: the claim stands behind it.
     newer = claimed(storage)
@@ -317,6 +319,22 @@ def test_a_claim_deletes_old_halves_and_leaves_those_of_the_living(storage: Loca
     assert (log.broken, len(log.entries)) == ([], 1), "a half is no entry"
     Catalog(storage, Keep(last=2), Events(storage.root)).claim()
     assert set(files(storage)) == {"00000000.json", "00000001.json", young.name}
+
+
+def test_an_export_that_was_killed_in_the_run_folder_is_cleared_away_and_hides_nothing(storage: LocalStorage) -> None:
+    claimed(storage)
+    hour_ago = time.time() - 3600
+    half, attempt = Path(storage.root) / ".weights.aa.half", Path(storage.root) / "checkpoints" / "step-00000003.e1.ab"
+    for folder in (half, attempt):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"half")
+    (left,) = storage.half_made()
+    assert (left.path, left.bytes > 4, left.changed > hour_ago) == (half.name, True, True)
+    for path in (half / "file", half):
+        os.utime(path, (hour_ago, hour_ago))
+    Catalog(storage, Keep(last=2), Events(storage.root)).claim()
+    assert not half.exists()
+    assert not attempt.exists()
 
 
 def _wait_until_stopped(pid: int) -> None:

@@ -187,7 +187,10 @@ def test_tensor_parallelism_is_brought_along_by_a_function(tmp_path: Path) -> No
         def work(rank: int) -> Curve:
             parallel: dict[str, Any] = {"parallel": "fsdp", "tensor_parallel": 2} if ranks > 1 else {}
             with opened(root, global_batch=12, micro_batch=2, reduction=reduction, **parallel) as run:
-                model = run.parallelize(EvenNet(), tensor_parallel=split if ranks > 1 else None)
+                with torch.device("meta" if reduction == "exact" else "cpu"):
+                    bare = EvenNet()
+                model = run.parallelize(bare, tensor_parallel=split if ranks > 1 else None)
+                assert run._parallel.shares() == ([6] if ranks == 1 else [3, 3, 3, 3])
                 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
                 data = run.data(samples())
                 run.track(model=model, optimizer=optimizer)

@@ -178,3 +178,30 @@ def test_data_of_a_type_that_is_not_float_is_left_alone(tmp_path: Path) -> None:
                 step.update(optimizer)
 
     in_world(2, work)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_has_overflowed_moves_neither_schedule_nor_average(tmp_path: Path, fused: bool) -> None:
+    """A fused optimizer is called for it all the same, and finds out by itself."""
+
+    def work(rank: int) -> list[tuple[float, str, str]]:
+        found = []
+        with opened(tmp_path, precision="fp16") as run:
+            model = run.parallelize(Net())
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            ema = dtrain.EMA(model, optimizer, decay=0.5)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer, schedule=schedule, ema=ema)
+            for step in run.steps(3):
+                for x, y in step.micro_batches(data):
+                    loss = F.cross_entropy(model(x).float(), y, reduction="sum") * (1e30 if step.number == 2 else 1)
+                    step.backward(loss, count=len(y))
+                step.update(optimizer, schedule)
+                found.append((optimizer.param_groups[0]["lr"], digest_of(bare(model)), digest_of(ema)))
+        return found
+
+    first, second, third = in_world(1, work)[0]
+    assert second == first
+    assert third[0] == 0.025
+    assert third[1:] != first[1:]

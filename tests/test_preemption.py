@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from tests.jobs import children
 from tests.saving import commits
-from tests.scripts import Ended, Program, run, started
+from tests.scripts import ROOT, Ended, Program, run, started
 
 OFTEN = ("--steps", 10_000, "--step-s", 0.02, "--save-every", 10_000, "--snapshot-every", 1)
 TORCHRUN = ("--max-restarts=3",)
@@ -118,3 +120,52 @@ def test_what_is_behind_the_loop_is_for_a_training_that_is_done(tmp_path: Path) 
     assert found.code == 130
     assert "behind the loop" not in found.out
     assert "behind the loop" in run(tmp_path, "--steps", 1, "--say-end").out
+
+
+def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with started(tmp_path, *OFTEN) as program:
+            program.wait_for(lambda: program.steps() >= 5)
+            os.kill(program.pid, signal.SIGHUP)
+            done = program.steps()
+            program.wait_for(lambda: program.steps() >= done + 20)
+            assert "SIGHUP" not in program.err()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_processes_that_main_forks_can_be_ended_by_a_signal_without_ending_the_run(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(WITH_A_POOL)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "stopping after this step" not in done.stderr
+    assert commits(tmp_path / "run")[-1] == 3
+
+
+WITH_A_POOL = """
+import multiprocessing
+import sys
+import torch
+from torch import nn
+import dtrain
+
+def main(run):
+    model = run.parallelize(nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = run.data([torch.ones(2) for _ in range(8)])
+    run.track(model=model, optimizer=optimizer)
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends its workers by SIGTERM
+        assert pool.map(abs, [-1, -2]) == [1, 2]
+    for step in run.steps(3):
+        for x in step.micro_batches(data):
+            step.backward(model(x).square().sum(), count=len(x))
+        step.update(optimizer)
+
+dtrain.launch(main, dtrain.Config(dir=sys.argv[1], global_batch=4, micro_batch=4))
+"""

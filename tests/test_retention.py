@@ -56,3 +56,8 @@ def test_uncommitted_attempts_are_removed_by_the_next_claim_but_for_those_of_a_n
         (places / name / "__0_0.distcp").write_bytes(b"half")
     assert alone(lambda: restored(tmp_path)) == 10
     assert [name for name in names if not (places / name).exists()] == names[:1]
+
+
+def test_a_step_that_was_committed_twice_takes_one_place_of_the_last_ones(tmp_path: Path) -> None:
+    make(tmp_path, [10, 20, 20, 30], keep_last=3)
+    assert commits(tmp_path) == [10, 20, 30]

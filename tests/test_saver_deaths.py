@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,22 @@ def test_a_trainer_killed_while_it_lays_out_a_slot_anew_leaves_no_torn_snapshot(
     step, value = alone(work)
     assert step == 2
     assert bits(value["a"]) == bits(torch.full((3000,), 2.0))
+
+
+def test_nobody_waits_for_a_save_that_rank_0_could_not_begin(tmp_path: Path) -> None:
+    def work(rank: int) -> tuple[str, float]:
+        saver = Saver(tmp_path, kept=Kept(1))
+
+        def away(step: int) -> str:
+            raise OSError("the network is gone")
+
+        saver.catalog.new_attempt = away  # type: ignore[method-assign]
+        begun = time.monotonic()
+        with pytest.raises(SaveError) as found:
+            saver.save(1)
+        return str(found.value), time.monotonic() - begun
+
+    for text, seconds in in_world(2, work):
+        assert "step 1 could not be saved" in text
+        assert "the network is gone" in text
+        assert seconds < 10, "not timeout_s"

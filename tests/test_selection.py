@@ -54,11 +54,14 @@ def test_a_stopped_run_stays_stopped_until_it_is_told_to_go_on(tmp_path: Path) -
     again = start()
     assert "steps\n" in again
     assert why in again
-    assert "steps 6 7 8\n" in start("--go-on")
+    said = start("--go-on", "--crash")
+    assert "killed by SIGKILL" in said
+    assert "steps 6 7 8\n" in said, "a failure before anything new is saved doesn't have it stop again"
     assert "steps\n" in start()
 
 
 STOPPING = """
+import os
 import sys
 import torch
 from torch import nn
@@ -78,6 +81,9 @@ def main(run):
     run.track(model=model, optimizer=optimizer)
     done = []
     for step in run.steps(20):
+        if "--crash" in sys.argv and not os.path.exists(mark := sys.argv[1] + "/crashed"):
+            open(mark, "w").close()
+            os.kill(os.getpid(), 9)
         for x in step.micro_batches(data):
             step.backward(model(x).square().sum(), count=len(x))
         step.update(optimizer)

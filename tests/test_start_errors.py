@@ -141,6 +141,14 @@ def test_threads_before_launch_are_named(tmp_path: Path) -> None:
     assert found.out == ""
 
 
+def test_a_script_that_ends_with_an_error_that_would_come_again_is_not_started_again_by_torchrun(
+    tmp_path: Path,
+) -> None:
+    found = run(tmp_path, "--thread", ranks=2, torchrun=("--max-restarts=3",), fresh=True)
+    assert found.code != 0
+    assert 1 <= found.err.count("ConfigError: threads were started before dtrain.launch") <= 2, "once a rank"
+
+
 @pytest.mark.parametrize(("step", "commit"), [(0, []), (3, [2])])
 def test_an_exception_at_the_same_place_stops_after_three_generations(
     tmp_path: Path, step: int, commit: list[int]

@@ -46,8 +46,12 @@ def dataset(samples: int = SAMPLES) -> TensorDataset:
     return TensorDataset(torch.randn(samples, 4, generator=generator), torch.arange(samples))
 
 
-def built(run: dtrain.Run, dropout: float = 0.0, samples: int = SAMPLES) -> tuple[nn.Module, Any, dtrain.Data]:
+def built(
+    run: dtrain.Run, dropout: float = 0.0, samples: int = SAMPLES, *, constant: bool = False
+) -> tuple[nn.Module, Any, dtrain.Data]:
     bare = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+    if constant:
+        bare.register_buffer("constant", torch.ones(3))
     model = run.parallelize(bare)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     data = run.data(dataset(samples))

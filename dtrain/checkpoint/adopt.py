@@ -67,7 +67,7 @@ def adopt(
     meta = {k: torch.empty(item.shape, dtype=dtype_named(item.dtype), device="meta") for k, item in tensors.items()}
     layout = Layout(local_items(meta, 0, 1))
     folder = f"{CHECKPOINTS}/{attempt}"
-    with storage.open_new(f"{folder}/{shard_name(0)}") as sink:
+    with storage.open_new(f"{folder}/{shard_name(0)}", layout.size) as sink:
         digests, end = [], 0
         for place in layout.places:
             digests.append(_write_item(sink, place, place.offset - end, tensors[place.name], source, progress))
@@ -98,7 +98,7 @@ def _write_item(sink: Sink, place: Place, gap: int, item: TensorItem, source: So
     sink.write(bytes(gap))
     for data in _framed(place, item, source):
         hasher.update(data)
-        sink.write(data)
+        sink.write(bytes(data))  # the next block comes into the same memory, and a bucket takes what is written later
         progress(data.nbytes)
     return hasher.digests()
 

@@ -386,6 +386,11 @@ def damaged_by(place: str) -> Iterator[None]:
     except (EOFError, ValueError) as error:
         raise Damaged(f"{place}: {error}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO):
+        if not is_damage(error):
             raise
         raise Damaged(f"{place}: {error}") from error
+
+
+def is_damage(error: OSError) -> bool:
+    """Whether it tells of what is in a place, and not of the way to it."""
+    return error.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EIO)

@@ -54,16 +54,16 @@ class Catalog:
         """What earlier generations left unfinished."""
         for broken in self.log.broken:
             self._events.warn(f"{self.storage.root}/{broken}: passed over")
-        if not isinstance(self.storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
-            for left in self.storage.half_made():
-                if time.time() - left.changed > ABANDONED_S:
-                    left.remove()
         whole = {entry.attempt for entry in (*self.log.commits(), *self.log.bad())}
         for name in self.storage.names(CHECKPOINTS):
             # Only attempts of earlier epochs: they can't be committed any more. A newer one isn't ours to judge.
             # And none at all while an entry can't be read, since that may be the commit of any of them.
             if name not in whole and 0 <= epoch_of(name) < self.epoch and not self.log.broken:
                 self.discard(name)
+        if not isinstance(self.storage, Distant):  # to look for them there takes long; `dtrain checkpoint gc` does
+            for left in self.storage.half_made():
+                if time.time() - left.changed > ABANDONED_S:
+                    left.remove()
 
     def new_attempt(self, step: int) -> str:
         """A folder for one more try to save a step. :raises Fenced: a newer generation has taken the run over."""

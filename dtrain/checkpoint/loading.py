@@ -31,7 +31,7 @@ from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
 from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX
-from dtrain.checkpoint.sources import WEB, Source, open_source
+from dtrain.checkpoint.sources import WEB, Source, of_commit, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
@@ -169,19 +169,24 @@ def _find(
     """:raises NoGoodCheckpoint: also in place of `Damaged`, which is for what is found while tensors are read."""
     if step == "best":
         step = best_step(storage_at(path, storage_options))
-    steps: list[int | None] = [step]
-    if step is None and _is_run(path, storage_options):
-        log = Log(storage_at(path, storage_options))
-        log.refresh()
-        steps = [commit.step for commit in reversed(log.commits())]
+    try:
+        if not _is_run(path, storage_options):
+            return open_source(path, step=step, storage_options=storage_options)
+    except Damaged as error:
+        raise NoGoodCheckpoint(f"{path} has no good checkpoint: {error}; bring the files back") from error
+    log = Log(storage_at(path, storage_options))
+    log.refresh()
+    commits = [commit for commit in reversed(log.commits()) if step in (None, commit.step)]
+    if step is not None and not commits:
+        return open_source(path, step=step, storage_options=storage_options)  # which says what there is
     reasons = []
-    for candidate in steps:
+    for commit in commits:
         try:
-            return open_source(path, step=candidate, storage_options=storage_options)
+            return of_commit(storage_at(path, storage_options), commit)
         except Damaged as error:
-            reasons.append(f"step {candidate}: {error}" if candidate is not None else str(error))
-            if len(steps) > 1:
-                warnings.warn(f"checkpoint of step {candidate} is damaged and passed over: {error}", stacklevel=4)
+            reasons.append(f"step {commit.step}: {error}")
+            if len(commits) > 1:
+                warnings.warn(f"checkpoint of step {commit.step} is damaged and passed over: {error}", stacklevel=4)
     why = ": ".join([f"{path} has no good checkpoint", "\n  ".join(reasons)] if reasons else [f"{path} has none yet"])
     raise NoGoodCheckpoint(f"{why}; take another step, or bring the files back")
 

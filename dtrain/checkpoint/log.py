@@ -65,7 +65,7 @@ class Log:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._next = 0
-        self._claim = -1
+        self._claim = self._last_broken = -1
         self._epoch = 0
         self.entries: list[Entry] = []
         self.broken: list[str] = []
@@ -88,6 +88,7 @@ class Log:
                 self.entries.append(entry)
             else:
                 self.broken.append(entry)
+                self._last_broken = number
         return self.entries[before:]
 
     def _read(self, number: int) -> Entry | str:
@@ -143,10 +144,9 @@ class Log:
 
     def check(self) -> None:
         """:raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read."""
-        broken = len(self.broken)
         self.refresh()
         newer = [entry for entry in self.entries if entry.kind == "claim" and entry.number > self._claim]
-        if newer or len(self.broken) > broken:
+        if newer or self._last_broken > self._claim:  # which may be a claim
             what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
             raise Fenced(
                 f"{self._storage.root}: {what}; epoch {self._epoch} is a leftover and stops without writing any more"

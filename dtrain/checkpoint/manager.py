@@ -166,7 +166,7 @@ class Manager:
         """The step of each place's, and the first epoch of the group that has committed to the run folder last."""
         for log in logs:
             log.refresh()
-        if logs[0].epoch != self.epoch:
+        if logs[0].first_epoch(logs[0].epoch) != logs[0].first_epoch(self.epoch):  # who replaces a saver claims anew
             raise Fenced(
                 f"{self._storages[0].root}: epoch {logs[0].epoch} took over; epoch {self.epoch} is a leftover and stops"
             )

@@ -39,7 +39,8 @@ def to_retire(log: Log, keep: Keep, now: float) -> list[Entry]:
     good = log.commits()
     if not good:
         return []
-    newest = good[-max(keep.last, _LEAST) :]
+    copies = {entry.step: entry for entry in good}  # of a step that was committed twice, the later one
+    newest = sorted(copies.values(), key=lambda entry: entry.number)[-max(keep.last, _LEAST) :]
     kept = {entry.number for entry in newest}
     if keep.every is not None:
         passed = 0

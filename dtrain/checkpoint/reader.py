@@ -90,6 +90,7 @@ def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Map
 
     :returns: how many bytes this rank has read.
     :raises Damaged: on all ranks, if one of them has found something.
+    :raises OSError: on all ranks, if one of them can't reach it.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     gpus = torch.cuda.is_initialized()
@@ -101,15 +102,16 @@ def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Map
     # The largest first, one to each rank by turns.
     owners = {name: turn % world for turn, name in enumerate(sorted(shared, key=lambda name: -shared[name].nbytes))}
     own = {name: target for name, target in targets.items() if owners.get(name, rank) == rank}
-    problem, read = "", 0
+    problem, read = None, 0
     try:
         read = load_tensors(storage, folder, manifest, own)
-    except Damaged as error:
-        problem = f"rank {rank}: {error}"
-    problems: list[str] = [""] * world
+    except (Damaged, OSError) as error:
+        problem = type(error) is not Damaged, f"rank {rank}: {error}"
+    problems: list[tuple[bool, str] | None] = [None] * world
     dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise Damaged(next(filter(None, problems)))
+    if found := sorted(filter(None, problems)):
+        passing, text = found[0]
+        raise OSError(text) if passing else Damaged(text)
     for work in [dist.broadcast(target, src=owners[name], async_op=True) for name, target in shared.items()]:
         work.wait()
     return read

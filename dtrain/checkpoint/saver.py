@@ -150,10 +150,13 @@ class Saver:
         name = save_name(generation, number)
         outcome = Outcome(f"the saver of rank {self._rank} died while it saved")
         if self._rank == 0 and (attempt := self._agreement.attempted(name)):
-            self.claim()
-            with self._lock:
-                if any(entry.attempt == attempt for c in self._catalogs for entry in c.log.commits()):
-                    outcome = Outcome()  # it died after the commit
+            try:
+                self.claim()
+                with self._lock:
+                    if any(entry.attempt == attempt for c in self._catalogs for entry in c.log.commits()):
+                        outcome = Outcome()  # it died after the commit
+            except Exception as error:  # the others wait for a word
+                outcome = Outcome(f"{outcome.error}, and what came of it can't be read: {_text(error)}")
         self._agreement.call_off(name, outcome)
         outcome = self._agreement.outcome(name)
         place = self._board.place
@@ -205,6 +208,8 @@ class Saver:
         except Exception as error:
             if attempt:
                 catalog.discard(attempt)  # a full disk is not made fuller
+            else:
+                self._agreement.attempt(name, "")  # the others wait for it
             return self._fail(name, error, f"step {snapshot.step} could not be saved in {catalog.storage.root}")
         size = sum(part.size for part in parts) + catalog.indexes.bytes
         try:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from dtrain.checkpoint.catalog import CHECKPOINTS
+from dtrain.checkpoint.catalog import CHECKPOINTS, epoch_of
 from dtrain.checkpoint.foreign import Made, read_stock
 from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, TensorItem, hash_item
 from dtrain.checkpoint.log import FOLDER, Entry, Log
@@ -190,7 +190,7 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     if url.startswith(WEB):
         raise ConfigError(f"{url}: of the web dtrain reads nothing; copy the files to a disk and name them there")
     run, _, attempt = url.rpartition(f"/{CHECKPOINTS}/")
-    if run and step is None:
+    if epoch_of(attempt) >= 0 and step is None:
         return _of_attempt(storage_at(run, options), attempt)
     if url.endswith((SUFFIX, INDEX_SUFFIX)):
         folder, _, file = url.rpartition("/")

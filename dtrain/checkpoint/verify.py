@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from dtrain.checkpoint.blocks import is_damage
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import DIGEST_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, digest
 from dtrain.checkpoint.log import FOLDER, Entry, Log
@@ -75,6 +76,8 @@ def verify_log(storage: Storage, log: Log) -> list[Fault]:
 def verify(storage: Storage, log: Log, commit: Entry, progress: Callable[[int], object] = lambda done: None) -> Verdict:
     """Read a checkpoint to its last byte.
 
+    :raises OSError: it can't be reached.
+
     :param log: is read again at the end, to tell a damaged checkpoint from one that was just deleted.
     :param progress: called with the number of bytes that were read since the last time.
     """
@@ -104,28 +107,29 @@ def size_of(storage: Storage, commit: Entry) -> int:
 def _faults(
     storage: Storage, folder: str, commit: Entry, done: list[int], progress: Callable[[int], object]
 ) -> Iterator[Fault]:
-    def read(file: str) -> bytes:
-        data = storage.read(f"{folder}/{file}")
+    def read(file: str, expected: str, what: str) -> tuple[bytes, list[Fault]]:
+        """A file that has one digest, and what is the matter with it."""
+        data = b""
+        for _ in looks(storage):
+            try:
+                data = storage.read(f"{folder}/{file}")
+            except OSError as error:
+                if not is_damage(error):
+                    raise
+                return b"", [Fault(f"{folder}/{file}", 0, 0, "", _reason(error))]
+            if digest(data) == expected:
+                break
         done.append(len(data))
         progress(len(data))
-        return data
+        wrong = digest(data) != expected
+        return data, [Fault(f"{folder}/{file}", 0, len(data), "", what)] if wrong else []
 
-    try:
-        data = read(MANIFEST)
-    except OSError as error:
-        yield Fault(f"{folder}/{MANIFEST}", 0, 0, "", _reason(error))
-        return
-    if digest(data) != commit.manifest:
-        # What it tells of the other files can't be trusted, so they can't be checked.
-        yield Fault(f"{folder}/{MANIFEST}", 0, len(data), "", "not the one that was committed")
-        return
+    data, faults = read(MANIFEST, commit.manifest, "not the one that was committed")
+    yield from faults
+    if faults:
+        return  # what it tells of the other files can't be trusted, so they can't be checked
     manifest = Manifest.from_json(data)
-    try:
-        data = read(METADATA)
-        if digest(data) != manifest.metadata:
-            yield Fault(f"{folder}/{METADATA}", 0, len(data), "", "not what was saved")
-    except OSError as error:
-        yield Fault(f"{folder}/{METADATA}", 0, 0, "", _reason(error))
+    yield from read(METADATA, manifest.metadata, "not what was saved")[1]
     there = storage.files(folder)
     reads: list[_Read] = []
     for file, size in manifest.files.items():
@@ -150,6 +154,8 @@ def _faults(
             try:
                 storage.read_into(place, read.ranges[0].start, [view])
             except (OSError, EOFError) as error:
+                if isinstance(error, OSError) and not is_damage(error):
+                    raise  # nobody answers, say: that is no fault of what was saved
                 return [Fault(place, part.start, part.stop, part.name, _reason(error)) for part in read.ranges]
             begin = read.ranges[0].start
             wrong = [part for part in read.ranges if not part.is_good(view[part.start - begin : part.stop - begin])]

@@ -58,8 +58,8 @@ class Nodes:
         self.store = f"{_NET}.{_SWITCH}:{PORT}" if self.apart else f"127.0.0.1:{_free_port()}"
 
     def __enter__(self) -> Nodes:
-        _sweep()
         if self.apart:
+            _sweep()
             try:
                 self._connect()
             except subprocess.CalledProcessError as error:
@@ -211,12 +211,12 @@ class Nodes:
             hostname = "store" if node == _SWITCH else f"node{node}"
             inside = ("sh", "-ec", _INSIDE, "sh", hostname, str(self._folder / "hosts"))
             around = ["ip", "netns", "exec", self._name(node), *apart, *inside]
-        defaults = {"OMP_NUM_THREADS": "1", "DTRAIN_STORE": self.store, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        network = {"DTRAIN_STORE": self.store, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.apart:
-            defaults["GLOO_SOCKET_IFNAME"] = "eth0"
+            network["GLOO_SOCKET_IFNAME"] = "eth0"
         return subprocess.Popen(
             [*around, *command],
-            env=defaults | dict(os.environ) | dict(env or {}),
+            env={"OMP_NUM_THREADS": "1"} | dict(os.environ) | network | dict(env or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -250,7 +250,8 @@ def _sweep() -> None:
     """Remove the namespaces of those that were killed before they could."""
     for path in Path("/run/netns").glob(f"{_PREFIX}-*"):
         if not Path("/proc", path.name.split("-")[2]).exists():
-            _ip("netns", "delete", path.name)
+            with contextlib.suppress(subprocess.CalledProcessError):  # somebody else is at it
+                _ip("netns", "delete", path.name)
 
 
 def _free_port() -> int:

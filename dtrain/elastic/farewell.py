@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import sys
 import time
 from typing import NoReturn
 
+from dtrain.ahead import STARTED
 from dtrain.elastic.generation import Group, Outcome
 from dtrain.elastic.placement import Placement
+from dtrain.errors import DtrainError
 from dtrain.observe.events import say
 
 FAILED = 1
@@ -72,7 +75,7 @@ class Farewell:
                 say(before + why)
                 if outcome.trace and outcome.trace not in why and before == "stopped: ":
                     say(outcome.trace)
-            _for_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because {why}")
+            _for_torchrun(f"{why}\n{outcome.trace}" if first else f"stopped because rank {outcome.rank} has failed")
             code = FAILED
         elif outcome.kind == "lost":
             if place.local_rank == 0 and outcome.node == place.node:
@@ -84,11 +87,25 @@ class Farewell:
             if before != "stopped: " and place.rank == 0:
                 say(f"{before}{signal.Signals(outcome.signal).name}")
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
-        again = place.store is not None and place.restarts < place.most_restarts
-        if final and again and place.local_rank == 0 and os.getppid() == self._agent and not self.agent_ends:
-            # torchrun would start all processes again, and there is no exit code that tells it not to.
-            os.kill(self._agent, signal.SIGTERM)
+        if final and not self.agent_ends:
+            _end_agent(place, self._agent)
         sys.exit(code)
+
+
+def end_with(error: BaseException) -> None:
+    """Before a process ends with an error that nobody has caught: if the next try would end in the same way, such as
+    with an option that can't be right, there is to be none."""
+    process, parent = STARTED
+    if isinstance(error, DtrainError) and process == os.getpid():
+        with contextlib.suppress(DtrainError):
+            _end_agent(Placement.from_env(), parent)
+
+
+def _end_agent(place: Placement, agent: int) -> None:
+    """torchrun would start all processes again, and there is no exit code that tells it not to."""
+    again = place.store is not None and place.restarts < place.most_restarts
+    if again and place.local_rank == 0 and os.getppid() == agent:
+        os.kill(agent, signal.SIGTERM)
 
 
 def _for_torchrun(message: str) -> None:

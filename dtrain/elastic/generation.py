@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import socket
 import time
 import uuid
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from dtrain.config import Config
 from dtrain.elastic.page import Page
 from dtrain.elastic.placement import Placement
+from dtrain.elastic.process import alive_s
 
 _FOREVER = timedelta(days=365)
 _BEAT_S = 1.0
@@ -254,10 +256,15 @@ class Group:
         word = json.dumps([time.time(), outcome.to_json()])
         self._store.set(f"dtrain/ended/{self.placement.job}/{run}", word)
 
+    def forget_end(self, run: str) -> None:
+        """At the start of a group, all of which has looked for it: it isn't that of this start's processes."""
+        self._store.delete_key(f"dtrain/ended/{self.placement.job}/{run}")
+
     @classmethod
     def ended_before(cls, placement: Placement, run: str) -> Outcome | None:
-        """The outcome that was remembered, if torchrun has started a run again that had stopped."""
-        if placement.restarts == 0 or placement.store is None:
+        """The outcome that was remembered, if torchrun has started a run again that had stopped, or lets a spare node
+        go on with it."""
+        if placement.store is None:
             return None
         store = dist.TCPStore(*placement.store, is_master=False, timeout=timedelta(seconds=30))
         key = f"dtrain/ended/{placement.job}/{run}"
@@ -265,4 +272,6 @@ class Group:
             return None
         when, outcome = json.loads(store.get(key))
         # A store that isn't torchrun's own may have it of an earlier start of the job.
-        return Outcome.of(outcome) if time.time() - when < _WORD_HOLDS_S else None
+        age_s = time.time() - when
+        of_this_start = placement.restarts > 0 or alive_s(os.getppid()) > age_s
+        return Outcome.of(outcome) if age_s < _WORD_HOLDS_S and of_this_start else None

@@ -58,6 +58,7 @@ class Page(ctypes.Structure):
     restored: the step that this generation started from
     step: the last step that this generation has finished
     best: the last step that any generation before has finished
+    committed: the step of the newest checkpoint, when a generation was last restored
     stop: 1 when the run is to save and end after the step that it is in; `STOPPED` when the trainer has done so
     at: the step that is under way; 0 outside of the steps
     micro_batch: the one of the step's list that is computed, from 0; -1 if none is
@@ -70,7 +71,7 @@ class Page(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int64)
         for name in (
-            *("generation", "restored", "step", "best", "stop"),
+            *("generation", "restored", "step", "best", "committed", "stop"),
             *("at", "micro_batch", "left", "phase", "marked_ns", "learned_ns"),
         )
     )
@@ -79,6 +80,7 @@ class Page(ctypes.Structure):
     restored: int
     step: int
     best: int
+    committed: int
     stop: int
     at: int
     micro_batch: int

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from dtrain.ahead import STARTED
 from dtrain.checkpoint.channel import Client
 from dtrain.checkpoint.slots import Slots
 from dtrain.config import Config
@@ -90,6 +91,8 @@ class Supervisor:
         self._work = work
         self._events = Events(config.local_dir)
         self._page = Page.shared()
+        # What `nohup` has had ignored stays so.
+        self._ending = [s for s in ENDING if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
         self._asked: signal.Signals | None = None
         """To end, by this signal."""
         self._deadline = math.inf
@@ -105,16 +108,19 @@ class Supervisor:
         check_can_fork()
         gc.freeze()  # what is there, the forks keep: not to look at it leaves its memory shared
         if self._placement.store is not None:
-            die_with(os.getppid())
+            process, parent = STARTED
+            die_with(parent if process == os.getpid() else os.getppid())
         self._run = run_name(self._config)
         self._farewell = Farewell(self._placement, self._run)
         self._farewell.again()
         self._group = Group(self._placement, self._config.timeout_s)
+        if self._placement.rank == 0:  # all have passed by the word of an earlier end
+            self._group.forget_end(self._run)
         replicate = self._config.replicate_snapshots > 0
         keeper = Keeper(self._placement, self._run, replicate=replicate, say=self._events.warn)
         self._slots = keeper.slots
         self._judge = Judge(self._config, self._page, self._slots.board)
-        self._signals = Signals((signal.SIGINT, *ENDING))
+        self._signals = Signals((signal.SIGINT, *self._ending))
         self._saver = SaverProcess(self._config, self._group, self._slots, self._events, self._fork)
         self._heart = Heart(self._fork, self._group, self._page)
         generation = 0
@@ -138,7 +144,7 @@ class Supervisor:
         if self._farewell.final or outcome.kind == "done":
             keeper.end()
         if outcome.kind != "done":
-            self._farewell.leave(outcome, self._slots.board.committed)
+            self._farewell.leave(outcome, max(self._slots.board.committed, self._page.committed))
         self._signals.close()
 
     def _live_through(self, generation: int) -> Outcome:
@@ -169,12 +175,16 @@ class Supervisor:
 
     def _train(self, life: Life, dog: Watchdog, saying: int) -> int:
         """The trainer's whole life."""
-        supervisor = os.getppid()
+        supervisor, trainer = os.getppid(), os.getpid()
 
         def pass_on(number: int, frame: FrameType | None) -> None:
-            os.kill(supervisor, number)
+            if os.getpid() == trainer:
+                os.kill(supervisor, number)
+            else:  # a process that the user's code has forked: the signal is meant for it, and not for the run
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
-        for number in ENDING:
+        for number in self._ending:
             signal.signal(number, pass_on)
         dog.in_the_trainer()
         try:
@@ -287,7 +297,7 @@ class Supervisor:
                 self._group.remember_failure(self._run)
             page = self._page
             at = max(page.step, page.restored)
-            if os.path.isdir(self._config.local_dir):
+            if os.path.isdir(self._config.local_dir) and not failure.agreed:  # whoever goes back says why
                 self._events.emit(
                     "failed", generation=generation, rank=mine.rank, cause=mine.cause, step=at, best=mine.best
                 )

@@ -48,7 +48,7 @@ class Report:
     host: str
     pid: int
     step: int
-    """The one that is under way; 0 outside of the steps."""
+    """The one that is under way; in the end, the last one; 0 otherwise outside of the steps."""
     micro_batch: int
     left: int
     """Micro-batches that it still has to finish in the step."""
@@ -64,7 +64,7 @@ class Report:
         """One line."""
         if self.state == "-":
             return f"rank {self.rank} has come to the end of main"
-        step = f" of step {self.step}" if self.step else ""
+        step = f" of step {self.step}" if self.step and self.phase != Phase.END else ""
         batch = f", micro-batch {self.micro_batch}" if self.step and self.micro_batch >= 0 else ""
         stopped = ", stopped by a signal" if self.state == "T" else ""
         return (
@@ -108,7 +108,7 @@ class Watchdog:
         if self._after_s is None or page.phase in _UNWATCHED:
             return False
         limit = self._after_s
-        if page.step == page.restored or self._patient or page.phase in _SLOW:
+        if page.step <= page.restored or self._patient or page.phase in _SLOW:
             limit *= _MANY_TIMES
         limit = max(limit, _MANY_TIMES * page.learned_ns / 1e9)
         return now - max(page.marked_ns / 1e9, self._excused) > limit
@@ -120,7 +120,7 @@ class Watchdog:
             rank=self._rank,
             host=socket.gethostname(),
             pid=pid,
-            step=page.at,
+            step=page.step if page.phase == Phase.END else page.at,
             micro_batch=page.micro_batch,
             left=page.left,
             phase=page.phase,

@@ -149,9 +149,13 @@ class LocalStorage:
     def half_made(self) -> Iterator[HalfMade]:
         for half in sorted([*Path(self.root).glob(".*.half"), *Path(self.root).glob("*/.*.half")]):
             with contextlib.suppress(FileNotFoundError):  # it is whole now
-                stat = half.stat()
-                remove = functools.partial(half.unlink, missing_ok=True)
-                yield HalfMade(str(half.relative_to(self.root)), stat.st_size, stat.st_mtime, remove)
+                if half.is_dir():  # of an export
+                    remove = functools.partial(shutil.rmtree, half, ignore_errors=True)
+                else:
+                    remove = functools.partial(half.unlink, missing_ok=True)
+                stats = [part.stat() for part in (half, *half.rglob("*")) if part == half or part.is_file()]
+                nbytes = sum(stat.st_size for stat in stats)
+                yield HalfMade(str(half.relative_to(self.root)), nbytes, max(s.st_mtime for s in stats), remove)
 
     def _path(self, path: str) -> Path:
         return Path(self.root) / inside(path, self.root)

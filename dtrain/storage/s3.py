@@ -138,11 +138,14 @@ class S3Storage(ObjectStorage):
                 for upload in page.get("Uploads", ()):
                     place = {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                     pages = client.get_paginator("list_parts").paginate(**place)
-                    parts = [part for found in pages for part in found.get("Parts", ())]
+                    try:
+                        parts = [part for found in pages for part in found.get("Parts", ())]
+                    except client.exceptions.NoSuchUpload:  # it is finished now
+                        continue
                     changed = max([upload["Initiated"], *(part["LastModified"] for part in parts)])
 
                     def remove(place: dict[str, str] = place) -> None:
-                        with boto_errors(self.root):
+                        with boto_errors(self.root), contextlib.suppress(client.exceptions.NoSuchUpload):
                             client.abort_multipart_upload(**place)
 
                     name = upload["Key"].removeprefix(prefix)

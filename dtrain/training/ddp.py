@@ -128,7 +128,8 @@ class _Stub(nn.Module):
         self.borrowed = (parameters,)  # in a tuple, so that they don't become this module's own
 
     def forward(self) -> torch.Tensor:
-        chain = torch.zeros((), requires_grad=True)
+        # On their device: autograd goes through what lies on another one in a thread of its own, in no certain order.
+        chain = torch.zeros((), requires_grad=True, device=self.borrowed[0][0].device)
         for parameter in self.borrowed[0]:
             chain = _Link.apply(chain, parameter)  # type: ignore[no-untyped-call]
         return chain

@@ -46,7 +46,9 @@ class EMA(nn.Module):
         optimizer.register_step_post_hook(self._after)
 
     @torch.no_grad()
-    def _after(self, *_: Any) -> None:
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if bool(getattr(optimizer, "found_inf", False)):  # a fused one was called by a GradScaler, and did nothing
+            return
         weights, averages = self._pairs
         torch._foreach_lerp_(averages, weights, 1 - self._decay)
 

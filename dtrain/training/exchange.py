@@ -57,10 +57,11 @@ class Exchange:
         self._marks: dict[int, torch.Tensor] = {}
 
     def begin(self, step: int) -> None:
-        """A step begins."""
+        """A step begins, perhaps for the second time."""
         self._sums.clear()
         self._step = step
-        self._marks.pop(step - _REMEMBERED, None)
+        for old in (step, step - _REMEMBERED):
+            self._marks.pop(old, None)
 
     def look(self, gradients: torch.Tensor) -> None:
         """Remember of gradients of this rank whether they are finite, and what tells them from any others."""

@@ -55,6 +55,7 @@ class Sharded(Wrapped):
                     if shards == 1:  # FSDP2 then has nothing to scatter
                         part.set_all_reduce_hook(reduce.alone)
         model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        model.register_forward_hook(self._after_forward)
 
     @property
     def turn(self) -> Turn:
@@ -96,18 +97,25 @@ class Sharded(Wrapped):
             for _ in range(passes):
                 self._spare_pass(args, kwargs)
 
+    def _after_forward(self, *_: object) -> None:
+        # FSDP2 keeps the root's own parameters gathered for a backward pass. Where none follows, the next forward pass
+        # would take them as they were, whatever has become of this rank's part since.
+        if not torch.is_grad_enabled():
+            self._root.reshard()
+
     def _spare_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._root.set_requires_gradient_sync(self.exact)
         self.is_spare = True
-        buffers = [buffer.clone() for buffer in self.module.buffers()]
+        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in self.module.buffers()]
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         with generators_kept():
             out = pytree.tree_leaves(self.module(*args, **kwargs))
             reached = [leaf for leaf in out if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if reached:
                 torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
-        for buffer, before in zip(self.module.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        for buffer, version, before in buffers:
+            if buffer._version != version:
+                buffer.copy_(before)
         self.is_spare = False
         if self.exact:
             self._drop()
@@ -170,6 +178,8 @@ class _Reduce:
                 "step.backward on one loss that has all of them, or take parallel='ddp'"
             )
         self.called = True
+        if gradients.is_cuda:  # kept until they are added up, on the stream that this is called on
+            gradients.record_stream(torch.cuda.current_stream())
         self._sums.add(turn.index, turn.index + 1, [gradients])
         return turn.last
 

@@ -153,7 +153,8 @@ class Watch:
             )
         # Running means that have seen it, and an optimizer before this one, can't be taken back: then only a state from
         # before is without a trace of the step.
-        changed = self._buffers is not None and self._versions != self._buffers.versions()[1]
+        # A rank that makes a spare pass writes its buffers back, and would find them changed when others don't.
+        changed = any(from_all_ranks(self._buffers is not None and self._versions != self._buffers.versions()[1]))
         back = how == "rollback" or changed or step.updated
         if dist.get_rank() == 0:
             kind = "rolled_back" if back else "skipped"

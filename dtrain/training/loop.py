@@ -105,8 +105,8 @@ class Loop:
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
-            ranks, done, committed = self._parallel.world_size, saves.done, saves.committed
-            self._record = Record(self._config, self._events, ranks, done=done, total=total, committed=committed)
+            shares, done, committed = self._parallel.shares(), saves.done, saves.committed
+            self._record = Record(self._config, self._events, shares, done=done, total=total, committed=committed)
         verify = restored and self._config.guards.verify_restore
         end = False
         while saves.done < total and not saves.selection.ended:
@@ -198,11 +198,12 @@ class Loop:
         """See `Run.best`."""
         return next(((step, value) for value, step in self._saves.selection.best), None)
 
-    def check_can_measure(self) -> None:
+    def before_measuring(self) -> None:
         """:raises UsageError: a step is half done."""
         step = self._step
         if step is not None and step.begun and not step.updated:
             raise UsageError(f"step {step.number}: evaluate comes after step.update, or before the first micro-batch")
+        self._manager.complete()  # the average may take the place of weights that are still being copied
 
     def save(self, metrics: Mapping[str, Any] | None, *, wait: bool) -> None:
         """See `Run.save`."""
@@ -264,7 +265,7 @@ class Loop:
         """Leave out a step that has killed several generations, or that a guard has found to be garbage."""
         self._sources.skip(number)
         self._saves.done = number
-        if self._page.step == self._page.restored:
+        if self._page.step <= self._page.restored:
             self._page.restored = number  # the first step that is computed is still to come, and may take long
         self._page.finished(number)
         if dist.get_rank() == 0:
@@ -314,6 +315,7 @@ class Loop:
         self._copies.begin()
         if restored is not None:
             self._page.restored = restored.step
+            self._page.committed = restored.newest
         if dist.get_rank() == 0:
             count = dist.get_world_size()
             ranks = f"{count} rank{'s' if count > 1 else ''}"

@@ -16,6 +16,7 @@ from dtrain.errors import ConfigError, UsageError
 from dtrain.training.ddp import Replicated
 from dtrain.training.exchange import Exchange
 from dtrain.training.fsdp import Sharded
+from dtrain.training.order import block
 from dtrain.training.precision import Precision
 from dtrain.training.prepare import Filler, blocks_of, recompute
 from dtrain.training.wrapped import Wrapped
@@ -84,11 +85,12 @@ class Parallel:
             assert self.mesh is not None
             filler.fill(model)
             model = tensor_parallel(model.to(self._device), self.mesh["tensor"])
+            filler = Filler(model, config.seed, self._device)  # what is filled stays as it is
         if config.activation_checkpointing != "none":
             recompute(blocks, config.activation_checkpointing)
         if config.compile:
-            for block in blocks.values() or [model]:
-                block.compile()
+            for part in blocks.values() or [model]:
+                part.compile()
         if self.mesh is not None and any(p.requires_grad for p in model.parameters()):
             wrapped = self._sharded(model, list(blocks.values()), filler)
         else:
@@ -109,6 +111,12 @@ class Parallel:
         if self.mesh is not None:
             return "replicate" in (self.mesh.mesh_dim_names or ())
         return self.world_size > 1
+
+    def shares(self) -> list[int]:
+        """How many micro-batches of a step each process has."""
+        config, processes = self._config, range(dist.get_world_size())
+        ranks = (process // config.tensor_parallel for process in processes)
+        return [len(block(config.micro_batches, rank, self.world_size)) for rank in ranks]
 
     def check(self, optimizer: Optimizer) -> None:
         """:raises UsageError: it trains what the ranks would train each for itself."""
@@ -144,12 +152,12 @@ class Parallel:
         if not isinstance(model, FSDPModule):  # the user's own function may have done it
             _check_not_shared(blocks)
             # One after the other: only one block at a time is there as a whole, if the model was made on meta.
-            for block in blocks:
-                filler.fill(block)
-                fully_shard(block, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
-            versions = [parameter._version for block in blocks for parameter in block.parameters()]
+            for part in blocks:
+                filler.fill(part)
+                fully_shard(part, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
+            versions = [parameter._version for part in blocks for parameter in part.parameters()]
             filler.fill(model, without=blocks)
-            if versions != [parameter._version for block in blocks for parameter in block.parameters()]:
+            if versions != [parameter._version for part in blocks for parameter in part.parameters()]:
                 raise UsageError(
                     f"reset_parameters of a module around the blocks of this {type(model).__qualname__} changes the "
                     "blocks, which are sharded by then; let a block fill its own parameters"
@@ -163,8 +171,8 @@ class Parallel:
 
 def _check_not_shared(blocks: Sequence[nn.Module]) -> None:
     seen: dict[int, int] = {}
-    for number, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
+    for number, part in enumerate(blocks):
+        for name, parameter in part.named_parameters():
             if seen.setdefault(id(parameter), number) != number:
                 raise UsageError(
                     f"blocks {seen[id(parameter)]} and {number} share a parameter ({name}): they can't be sharded "

@@ -8,7 +8,6 @@ from dtrain.config import Config
 from dtrain.observe.events import Events, Metrics, say
 from dtrain.observe.progress import Progress
 from dtrain.observe.report import growing_gap
-from dtrain.training.order import block
 from dtrain.training.selection import Selection
 from dtrain.training.slow import Stragglers
 from dtrain.training.step import Step
@@ -17,19 +16,21 @@ from dtrain.training.step import Step
 class Record:
     """Of one generation.
 
-    :param ranks: how many share the list of micro-batches.
+    :param shares: how many micro-batches of a step each process has.
     :param done: steps that are behind us.
     :param total: steps of the whole run.
     :param committed: the step of the newest checkpoint.
     """
 
-    def __init__(self, config: Config, events: Events, ranks: int, *, done: int, total: int, committed: int) -> None:
+    def __init__(
+        self, config: Config, events: Events, shares: Sequence[int], *, done: int, total: int, committed: int
+    ) -> None:
         self._config = config
         self._events = events
         self._total = total
         self._metrics = Metrics(config.local_dir)
         self._progress = Progress(done, total, config.unit, committed)
-        self._stragglers = Stragglers([len(block(config.micro_batches, rank, ranks)) for rank in range(ranks)])
+        self._stragglers = Stragglers(shares)
 
     def finished(self, step: Step, committed: int) -> None:
         """A step was. :param committed: the step of the newest checkpoint."""

@@ -204,7 +204,7 @@ class Run:
             data that it is trained on.
         :raises DataError: the data set has less samples than there are ranks.
         """
-        self._loop.check_can_measure()
+        self._loop.before_measuring()
         if average is not None and not any(average is value for value in self._state.objects.values()):
             raise UsageError(
                 "evaluate(average=...): that isn't tracked, and would begin anew after a failure: run.track it"

@@ -128,6 +128,9 @@ class Saves:
             self.selection.best = best
             return restored
         self.selection.load(found, best, resume=self._config.resume_stopped and self._first)
+        if found["ended"] and not self.selection.ended:  # or a failure in the next step would have it end again
+            self.saved = -1
+            self.save()
         if criterion and found["by"] == asdict(criterion) and restored.step in uncommitted(found, known):
             # It was found to be one of the best, and the run was killed before it was saved.
             if self.selection.rank(restored.step, self.selection.measured):

@@ -234,11 +234,8 @@ class Step:
         if self._scaler is None:
             optimizer.step()
             return True
-        taken: list[bool] = []
-        hook = optimizer.register_step_post_hook(lambda *_: taken.append(True))
-        self._scaler.step(optimizer)
-        hook.remove()
-        return bool(taken)
+        self._scaler.step(optimizer)  # a fused optimizer is called in any case, and finds out by itself
+        return not any(map(bool, self._scaler._found_inf_per_device(optimizer).values()))
 
     def _divide(self, gradients: list[torch.Tensor], clip: float | None) -> bool:
         """Make the sums a mean, and clip it. :returns: whether all of it is finite, on all ranks."""
