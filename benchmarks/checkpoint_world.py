@@ -88,6 +88,7 @@ class World:
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
             backend = "cpu:gloo,cuda:nccl"
+        os.environ["LOCAL_WORLD_SIZE"] = str(ranks)  # as torchrun sets it
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
         store = connection(listener if rank == 0 else None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)

@@ -83,6 +83,6 @@ def in_blocks_of(size: int, folder: Path) -> Manifest:
         return chunk._replace(digests=hash_item(item, size))
 
     tensors = {
-        name: replace(item, chunks=[again(chunk) for chunk in item.chunks]) for name, item in manifest.tensors.items()
+        name: item._replace(chunks=[again(chunk) for chunk in item.chunks]) for name, item in manifest.tensors.items()
     }
     return replace(manifest, tensors=tensors, block_bytes=size)

@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -108,12 +109,15 @@ def read_blocks(
     """
     wants = sorted((w for w in wants if w.target.numel()), key=lambda w: (w.chunk.file, w.chunk.offset))
     devices = {want.target.device for want in wants if want.target.is_cuda}
-    most, count = _READ_BYTES, threads or default_threads()
+    # One for each processor, and another one, if none is there for it, only while the disk is waited for.
+    most, count = _READ_BYTES, threads or _processors()
+    at_most = threads or max(2, count)
     if isinstance(storage, Distant):
         most, count = storage.read_bytes, threads or storage.reads_at_once
     left = _reads((block for want in wants for block in _blocks(folder, want, block_bytes)), most)
     turn = threading.Lock()
     failures: list[BaseException] = []
+    helpers: list[threading.Thread] = []
     read_bytes = 0
 
     def next_read() -> _Read | None:
@@ -124,20 +128,26 @@ def read_blocks(
                 read_bytes += read.stop - read.start
             return read
 
-    def work() -> None:
+    def get_help(count: int) -> None:
+        while len(helpers) < count - 1:
+            helpers.append(threading.Thread(target=work, name="dtrain-read", daemon=True))
+            helpers[-1].start()
+
+    def work(*, leads: bool = False) -> None:
         try:
             worker = _Worker(storage, folder, devices)
+            begun, busy = time.perf_counter(), time.thread_time()
             while read := next_read():
                 worker.read(read)
+                if leads and time.thread_time() - busy < (time.perf_counter() - begun) / 2:
+                    get_help(at_most)
             worker.finish()
         except BaseException as error:
             failures.append(error)
 
-    helpers = [threading.Thread(target=work, name=f"dtrain-read-{n}", daemon=True) for n in range(1, count)]
     with storage.keep_open() if isinstance(storage, KeepsOpen) else contextlib.nullcontext():
-        for helper in helpers:
-            helper.start()
-        work()
+        get_help(count)
+        work(leads=True)
         for helper in helpers:
             helper.join()
     if failures:
@@ -145,10 +155,10 @@ def read_blocks(
     return read_bytes
 
 
-def default_threads() -> int:
-    """As many as this rank has processors for, two at least: one can compute while another waits for the disk."""
+def _processors() -> int:
+    """How many this rank has for itself, up to what is of use."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // max(1, ranks)))
+    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // max(1, ranks)))
 
 
 def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:

@@ -68,8 +68,7 @@ class Chunk(NamedTuple):
     """The box's extent."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorItem:
+class TensorItem(NamedTuple):
     """A tensor of the state, which may be cut into several chunks."""
 
     dtype: str
@@ -147,9 +146,9 @@ class Manifest:
                 digests = base64.b64decode(part["digests"])
                 used = 0
                 for name, offset, length, *box in part["items"]:
-                    end = used + DIGEST_BYTES * blocks(length, block)
+                    end = used + DIGEST_BYTES * -(-length // block)
                     if box:
-                        tensors[name].chunks.append(Chunk(file, offset, length, digests[used:end], *box))
+                        tensors[name].chunks.append(Chunk._make((file, offset, length, digests[used:end], *box)))
                     else:
                         values[name] = Piece(file, offset, length, digests[used:end])
                     used = end

@@ -134,7 +134,9 @@ def _wants(
         raise StateError(f"{name}: saved with shape {tuple(item.shape)}, to be loaded into {tuple(target.shape)}")
     dtype = dtype_named(item.dtype)
     _check_type(name, dtype, target, cast)
-    part = local_part(target).detach()
+    part = local_part(target)
+    if part.requires_grad:
+        part = part.detach()
     if not isinstance(target, DTensor):
         starts, sizes = [0] * part.dim(), item.shape
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def dtype_named(name: str) -> torch.dtype:
     """:raises StateError: this torch has no such type."""
     dtype = getattr(torch, name, None)
