@@ -15,7 +15,7 @@ from torch import nn
 from dtrain.checkpoint import Reader, load
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
-from tests.saving import Kept, bits, differences, folder_of
+from tests.saving import Kept, Saver, bits, differences, folder_of
 from tests.steps_of_a_run import flip, make, objects
 from tests.world import alone, errors, in_world
 from tests.written import manifest_of, only_chunk, write
@@ -70,7 +70,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run: Path, tm
 
 
 def test_of_a_step_that_was_committed_twice_the_good_copy_is_loaded(tmp_path: Path) -> None:
-    make(tmp_path, [10, 20, 20])
+    make(tmp_path, [10, 20])
+
+    def before_the_first_is_deleted() -> None:
+        saver = Saver(tmp_path, **objects(20))
+        saver.saver.tidy = lambda: None  # type: ignore[method-assign]
+        saver.save(20)
+
+    alone(before_the_first_is_deleted)
     (folder_of(tmp_path, 20) / "__0_0.distcp").unlink()
     for step in (20, None):
         model = nn.Linear(5, 3)
