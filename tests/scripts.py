@@ -80,12 +80,15 @@ class Program:
 
 
 @contextmanager
-def started(*args: object, ranks: int = 0, torchrun: tuple[str, ...] = (), fresh: bool = False) -> Iterator[Program]:
+def started(
+    *args: object, ranks: int = 0, torchrun: tuple[str, ...] = (), fresh: bool = False, nohup: bool = False
+) -> Iterator[Program]:
     """`small_job.py` with these arguments; it is killed at the end of the block.
 
     :param ranks: 0 for one process without torchrun, else torchrun with so many.
     :param fresh: new interpreters. Else all are forks of this process, which saves each the import of torch; torchrun
         has options of its own for that.
+    :param nohup: it was started so that it goes on after its terminal is closed.
     """
     arguments = [JOB, *map(str, args)]
     options = ["--standalone", f"--nproc-per-node={ranks}", *torchrun]
@@ -102,6 +105,7 @@ def started(*args: object, ranks: int = 0, torchrun: tuple[str, ...] = (), fresh
                 os.dup2(file, descriptor)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
             os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             if fresh:
                 os.execv(sys.executable, command)

@@ -123,16 +123,12 @@ def test_what_is_behind_the_loop_is_for_a_training_that_is_done(tmp_path: Path) 
 
 
 def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with started(tmp_path, *OFTEN) as program:
-            program.wait_for(lambda: program.steps() >= 5)
-            os.kill(program.pid, signal.SIGHUP)
-            done = program.steps()
-            program.wait_for(lambda: program.steps() >= done + 20)
-            assert "SIGHUP" not in program.err()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with started(tmp_path, *OFTEN, nohup=True) as program:
+        program.wait_for(lambda: program.steps() >= 5)
+        os.kill(program.pid, signal.SIGHUP)
+        done = program.steps()
+        program.wait_for(lambda: program.steps() >= done + 20)
+        assert "SIGHUP" not in program.err()
 
 
 def test_processes_that_main_forks_can_be_ended_by_a_signal_without_ending_the_run(tmp_path: Path) -> None:
