@@ -62,7 +62,7 @@ class Options:
     """Saves and loads by each, after one that isn't counted."""
 
     only: str = ""
-    """Of the rows, these."""
+    """Of the rows, these, with semicolons between them."""
 
     disk: Path = Path(tempfile.gettempdir())
     """Where the server keeps what it is given; all of it is deleted again."""
@@ -267,7 +267,7 @@ def measure(o: Options, say: Callable[[str], None]) -> tuple[dict[str, Times], i
     limits = Limits(training)
     limits.copy()
     found: dict[str, Times] = {}
-    names = [name for name in ROWS if not o.only or name in o.only.split(",")]
+    names = [name for name in ROWS if not o.only or name in o.only.split(";")]
     engines = {
         name: ROWS[name](training, f"s3://{BUCKET}/{n}-of-{dist.get_world_size()}") for n, name in enumerate(names)
     }

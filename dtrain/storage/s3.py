@@ -28,6 +28,7 @@ from dtrain.errors import ConfigError, UsageError
 from dtrain.storage.aws import addressed, boto_errors, checked, credentials, split
 from dtrain.storage.base import Buffer, File, HalfMade, Sink, inside
 from dtrain.storage.objects import SILENT_S, ObjectStorage
+from dtrain.storage.ranges import Ranges
 from dtrain.storage.upload import Upload
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ _PIECE_BYTES = 1 << 20
 _REQUESTS = 3
 """As long as that many requests may take, one is tried again: it gets a third of the time."""
 _CONNECT_S = 5.0
+_RANGE_S = 20.0
+"""What is read in one go is small enough for that, or the client is to see to it."""
+_SIGNED = timedelta(hours=1)
 _MOST_TRIES = 10_000
 """The time decides, not the number: a server that is away for a minute costs no save."""
 _LOOKS = 4
@@ -68,6 +72,7 @@ class S3Storage(ObjectStorage):
         self._bucket, self._prefix = split(root)
         self.patience_s = float(self._options.get("timeout_s", self.patience_s))
         self._opened: S3Store | None = None
+        self._ranges = Ranges(self._sign, min(self.patience_s / _REQUESTS, _RANGE_S))
 
     def read(self, path: str) -> bytes:
         import obstore
@@ -173,6 +178,8 @@ class S3Storage(ObjectStorage):
         import obstore
 
         length = sum(view.nbytes for view in views)
+        if self._ranges.read(self._name(path), offset, views):
+            return
 
         def act(store: S3Store, name: str) -> None:
             left = list(views)
@@ -233,6 +240,14 @@ class S3Storage(ObjectStorage):
                 if tried == _LOOKS or time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0, 0.1 * 2**tried))
+
+    def _sign(self, name: str) -> str:
+        """An URL that gives an object to whoever has it, for a while."""
+        import obstore
+
+        with self._errors(name):
+            url: str = obstore.sign(self._store(), "GET", name, _SIGNED)
+            return url
 
     def _name(self, path: str) -> str:
         name = str(inside(path, self.root))
