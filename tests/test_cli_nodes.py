@@ -70,6 +70,8 @@ def test_ctrl_c_says_what_becomes_of_the_nodes(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell has background jobs ignore it, and what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as program:
         assert program.stderr is not None
         assert any("type kill" in line for line in program.stderr)
