@@ -2,8 +2,8 @@
 
 A client that puts an answer together first costs a copy or two of it; on a machine whose processors are busy that is a
 fifth of the time of a download (benchmarks/s3.py). So a range is asked for here first, by a signed URL over an HTTP
-connection of its own. What goes wrong is not judged here: then the client is asked, which tries again
-and names the reason. Only without TLS, which Python's own module unpacks by 16 KiB at a time.
+connection of its own. What goes wrong is not judged here: then the client is asked, which tries again and names the
+reason. Only without TLS, which Python's own module unpacks by 16 KiB at a time.
 """
 
 from __future__ import annotations
