@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import errno
 import math
-import operator
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 import xxhash
 
+from dtrain.checkpoint.boxes import Box, in_one_piece, index, parts
 from dtrain.checkpoint.format import DIGEST_BYTES, Chunk
 from dtrain.checkpoint.layout import bytes_of
 from dtrain.errors import Damaged
@@ -60,18 +60,6 @@ class Want(NamedTuple):
     """Of the box's extent, in any memory and of any type."""
 
 
-class _Box(NamedTuple):
-    """What is wanted of a chunk, where it has to be copied out of the blocks."""
-
-    sizes: tuple[int, ...]
-    """The chunk's."""
-    start: tuple[int, ...]
-    target: torch.Tensor
-    dtype: torch.dtype
-    payload: int
-    """Where the chunk's first element lies in the file."""
-
-
 @dataclass(slots=True)
 class _Block:
     """A range of a file that is read as a whole: a digest block, or a part of an item that has no digests."""
@@ -86,7 +74,7 @@ class _Block:
     """Of what is read straight into memory, in the file."""
     memory: memoryview | None = None
     """Where that goes."""
-    box: _Box | None = None
+    box: Box | None = None
 
 
 @dataclass(slots=True)
@@ -169,18 +157,18 @@ def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:
     size, elements, count = dtype.itemsize, math.prod(sizes), target.numel()
     if before < 0 or payload + elements * size > stop:
         raise Damaged(f"{folder}/{file}: an item of {length} bytes is too short for {name}")
-    flat = target.is_contiguous() and (count == elements or _in_one_piece(sizes, target.shape))
-    first = payload if count == elements else payload + size * _index(sizes, start)
+    flat = target.is_contiguous() and (count == elements or in_one_piece(sizes, target.shape))
+    first = payload if count == elements else payload + size * index(sizes, start)
     last = first + size * count
     memory = box = None
     if flat and target.is_cpu and target.dtype == dtype and not target.is_conj() and not target.is_neg():
         memory = _memory_of(target)
     elif flat:  # in one piece on both sides: what the dimensions are doesn't matter
-        box = _Box((elements,), ((first - payload) // size,), target.view(-1), dtype, payload)
+        box = Box((elements,), ((first - payload) // size,), target.view(-1), dtype, payload)
     else:
-        box = _Box(tuple(sizes), tuple(start), target, dtype, payload)
+        box = Box(tuple(sizes), tuple(start), target, dtype, payload)
         end = [a + n - 1 for a, n in zip(start, target.shape, strict=True)]
-        last = payload + size * (1 + _index(sizes, end))
+        last = payload + size * (1 + index(sizes, end))
     # Blocks with digests are counted from the item's beginning; without any, just what is wanted is read.
     begin, stop = (offset, stop) if digests else (first, last)
     if box is not None and ((payload - begin) % size or block_bytes % size):
@@ -192,7 +180,7 @@ def _blocks(folder: str, want: Want, block_bytes: int) -> Iterator[_Block]:
         if memory is not None:
             into = max(low, first)
             yield _Block(file, low, high, name, digest, into, memory[into - first : high - first])
-        elif box is not None and any(True for _ in _parts(box, low, high)):
+        elif box is not None and any(True for _ in parts(box, low, high)):
             yield _Block(file, low, high, name, digest, box=box)
 
 
@@ -288,11 +276,11 @@ class _Worker:
         for stream in self._streams.values():
             stream.synchronize()
 
-    def _copy(self, block: _Block, box: _Box, spare: torch.Tensor) -> None:
+    def _copy(self, block: _Block, box: Box, spare: torch.Tensor) -> None:
         """Copy what is wanted out of a block that was checked."""
         stream = self._streams.get(box.target.device)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-            for part in _parts(box, block.start, block.stop):
+            for part in parts(box, block.start, block.stop):
                 count = math.prod(part.sizes)
                 begin = box.payload - block.start + part.first * box.dtype.itemsize
                 saved = spare[begin : begin + count * box.dtype.itemsize].view(box.dtype).view(part.sizes)
@@ -318,74 +306,6 @@ def _is_good(block: _Block, scratch: memoryview) -> bool:
     hasher.update(memory)
     hasher.update(scratch[head:tail])
     return hasher.digest() == block.digest
-
-
-class _Part(NamedTuple):
-    """A box of a chunk that lies in one piece in a block and holds something that is wanted."""
-
-    first: int
-    """Its first element's number in the chunk."""
-    sizes: tuple[int, ...]
-    low: tuple[int, ...]
-    """Where what is wanted of it begins in the chunk, by dimension."""
-    high: tuple[int, ...]
-    start: tuple[int, ...]
-    """Where the part itself begins."""
-
-
-def _parts(box: _Box, begin: int, end: int) -> Iterator[_Part]:
-    """What a range of the file holds of a box, in pieces."""
-    size = box.dtype.itemsize
-    first = max(0, begin - box.payload) // size
-    last = min(math.prod(box.sizes), (end - box.payload) // size)
-    for start, sizes in _boxes(box.sizes, first, last):
-        low = tuple(map(max, start, box.start))
-        high = tuple(min(a + n, b + m) for a, n, b, m in zip(start, sizes, box.start, box.target.shape, strict=True))
-        if all(map(operator.lt, low, high)):
-            yield _Part(first, sizes, low, high, start)
-        first += math.prod(sizes)
-
-
-def _boxes(sizes: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A range of the elements of a tensor, cut into boxes in the same order: 2n - 1 of them at most, in n dimensions.
-
-    :returns: of each its start and its extent.
-    """
-    if first >= last:
-        return
-    if len(sizes) < 2:
-        yield (first,) * len(sizes), (last - first,) * len(sizes)
-        return
-    row = math.prod(sizes[1:])
-    while first < last:
-        number, within = divmod(first, row)
-        rows = (last - first) // row
-        if within == 0 and rows:
-            yield (number, *(0 for _ in sizes[1:])), (rows, *sizes[1:])
-            first += rows * row
-        else:
-            stop = min(last, (number + 1) * row)
-            for start, extent in _boxes(sizes[1:], within, within + stop - first):
-                yield (number, *start), (1, *extent)
-            first = stop
-
-
-def _index(sizes: Sequence[int], start: Sequence[int]) -> int:
-    """An element's number in a tensor of these sizes."""
-    number = 0
-    for size, at in zip(sizes, start, strict=True):
-        number = number * size + at
-    return number
-
-
-def _in_one_piece(sizes: Sequence[int], lengths: Sequence[int]) -> bool:
-    """Whether a box of these lengths takes up one range of a tensor's elements."""
-    whole = True
-    for size, length in zip(reversed(sizes), reversed(lengths), strict=True):
-        if not whole and length != 1:
-            return False
-        whole = whole and length == size
-    return True
 
 
 @contextlib.contextmanager

@@ -175,11 +175,6 @@ def check_whole(name: str, shape: list[int], chunks: int, elements: int) -> None
         )
 
 
-def blocks(length: int, block_bytes: int = BLOCK_BYTES) -> int:
-    """How many digests an item of so many bytes has."""
-    return -(-length // block_bytes)
-
-
 def tensors_to_json(shapes: Mapping[str, tuple[str, Iterable[int]]]) -> str:
     """The manifest's `tensors`, of every tensor's type and shape."""
     return json.dumps({name: [dtype, list(shape)] for name, (dtype, shape) in shapes.items()}, separators=(",", ":"))
