@@ -2,7 +2,7 @@
 
 Whatever part of a tensor is wanted, the digest blocks that it lies in are read as a whole. What is wanted and lies in
 one piece, in the file as in memory, is read straight into the tensor; all else goes through a few megabytes that each
-thread keeps. A block is hashed right after it was read, while the processor's cache still holds it.
+thread keeps. What was read is hashed at once, while the processor's cache still holds it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import errno
 import math
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,6 +28,9 @@ from dtrain.storage.base import Distant, KeepsOpen, Readable, looks
 
 _READ_BYTES = 4 << 20
 """Neighbouring blocks are read together up to this size, so that many small tensors cost one read."""
+
+_HASH_BYTES = 1 << 20
+"""A large block is read and hashed in such pieces: each is then still in the processor's own cache."""
 
 _GAP_BYTES = 4096
 """Bytes between two blocks that are read and dropped rather than start another read: the disk reads pages anyway."""
@@ -97,15 +99,12 @@ def read_blocks(
     """
     wants = sorted((w for w in wants if w.target.numel()), key=lambda w: (w.chunk.file, w.chunk.offset))
     devices = {want.target.device for want in wants if want.target.is_cuda}
-    # One for each processor, and another one, if none is there for it, only while the disk is waited for.
     most, count = _READ_BYTES, threads or _processors()
-    at_most = threads or max(2, count)
     if isinstance(storage, Distant):
         most, count = storage.read_bytes, threads or storage.reads_at_once
     left = _reads((block for want in wants for block in _blocks(folder, want, block_bytes)), most)
     turn = threading.Lock()
     failures: list[BaseException] = []
-    helpers: list[threading.Thread] = []
     read_bytes = 0
 
     def next_read() -> _Read | None:
@@ -116,26 +115,20 @@ def read_blocks(
                 read_bytes += read.stop - read.start
             return read
 
-    def get_help(count: int) -> None:
-        while len(helpers) < count - 1:
-            helpers.append(threading.Thread(target=work, name="dtrain-read", daemon=True))
-            helpers[-1].start()
-
-    def work(*, leads: bool = False) -> None:
+    def work() -> None:
         try:
             worker = _Worker(storage, folder, devices)
-            begun, busy = time.perf_counter(), time.thread_time()
             while read := next_read():
                 worker.read(read)
-                if leads and time.thread_time() - busy < (time.perf_counter() - begun) / 2:
-                    get_help(at_most)
             worker.finish()
         except BaseException as error:
             failures.append(error)
 
     with storage.keep_open() if isinstance(storage, KeepsOpen) else contextlib.nullcontext():
-        get_help(count)
-        work(leads=True)
+        helpers = [threading.Thread(target=work, name="dtrain-read", daemon=True) for _ in range(count - 1)]
+        for helper in helpers:
+            helper.start()
+        work()
         for helper in helpers:
             helper.join()
     if failures:
@@ -211,6 +204,8 @@ class _Worker:
     def __init__(self, storage: Readable, folder: str, devices: set[torch.device]) -> None:
         self._storage = storage
         self._folder = folder
+        self._looks = looks(storage)
+        self._near = not isinstance(storage, Distant)
         self._pinned = bool(devices)
         # For a GPU two that take turns: the copies from one go on while the other is filled.
         self._spare = [torch.empty(0, dtype=torch.uint8) for _ in range(1 + bool(devices))]
@@ -221,6 +216,10 @@ class _Worker:
 
     def read(self, read: _Read) -> None:
         """Fill a read's part of the tensors."""
+        place = f"{self._folder}/{read.file}"
+        if self._near and len(read.blocks) == 1 and (memory := _whole(read.blocks[0])) is not None:
+            self._read_whole(place, read.blocks[0], memory)
+            return
         self._spare.reverse()
         self._copied.reverse()
         for event in self._copied[0]:
@@ -246,9 +245,8 @@ class _Worker:
                 used += block.stop - block.start
             at = block.stop
         buffers.append(scratch[begun:used])
-        place = f"{self._folder}/{read.file}"
         bad: _Block | None = None
-        for _ in looks(self._storage):
+        for _ in self._looks:
             with damaged_by(place):
                 self._storage.read_into(place, read.start, buffers)
             pairs = zip(read.blocks, places, strict=True)
@@ -256,13 +254,23 @@ class _Worker:
             if bad is None:
                 break
         if bad is not None:
-            raise Damaged(f"{place}: bytes {bad.start} to {bad.stop} are not those that were saved ({bad.name})")
+            raise _damaged(place, bad)
         for block, begin in zip(read.blocks, places, strict=True):
             if block.memory is not None and block.memory.nbytes < _DIRECT_BYTES:
                 block.memory[:] = scratch[begin + block.first - block.start :][: block.memory.nbytes]
             if block.box is not None:
                 self._copy(block, block.box, spare[begin:])
         self._copied[0] = [stream.record_event() for stream in self._streams.values()]
+
+    def _read_whole(self, place: str, block: _Block, memory: memoryview) -> None:
+        hasher = xxhash.xxh3_128()
+        for at in range(0, memory.nbytes, _HASH_BYTES):
+            piece = memory[at : at + _HASH_BYTES]
+            with damaged_by(place):
+                self._storage.read_into(place, block.start + at, [piece])
+            hasher.update(piece)
+        if block.digest and hasher.digest() != block.digest:
+            raise _damaged(place, block)
 
     def _memory_for(self, read: _Read) -> torch.Tensor:
         """For all of a read, should none of it go straight into a tensor."""
@@ -289,6 +297,16 @@ class _Worker:
                     saved = saved.narrow(dim, low - ours, high - low)
                     target = target.narrow(dim, low - start, high - low)
                 target.copy_(saved, non_blocking=stream is not None)
+
+
+def _whole(block: _Block) -> memoryview | None:
+    """The memory that all of a block goes to, if there is one."""
+    memory = block.memory
+    return memory if memory is not None and memory.nbytes == block.stop - block.start >= _HASH_BYTES else None
+
+
+def _damaged(place: str, block: _Block) -> Damaged:
+    return Damaged(f"{place}: bytes {block.start} to {block.stop} are not those that were saved ({block.name})")
 
 
 def _is_good(block: _Block, scratch: memoryview) -> bool:
