@@ -73,6 +73,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--body-s", type=float, default=0.0, help="rank 0 is at work in the loop's body for so long")
     parser.add_argument("--stuck-sample", type=int, default=-1, help="can't be loaded, once")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--late-s", type=float, default=0.0, help="the first process here starts so much later")
     for flag in ("--trouble-behind", "--thread", "--iterable", "--in-place", "--say-end"):
         parser.add_argument(flag, action="store_true")
     return parser.parse_args()
@@ -173,6 +174,8 @@ if __name__ == "__main__":
         config = dtrain.Config(**options)
     except ConfigError as error:
         sys.exit(f"ConfigError: {error}")
+    if os.environ.get("LOCAL_RANK") == "0":
+        time.sleep(args.late_s)
     if args.thread:
         threading.Thread(target=time.sleep, args=(60,), daemon=True, name="early bird").start()
     dtrain.launch(main, config, in_place=args.in_place)

@@ -141,10 +141,11 @@ def test_threads_before_launch_are_named(tmp_path: Path) -> None:
     assert found.out == ""
 
 
+@pytest.mark.parametrize("late_s", [0, 2], ids=["both_at_once", "the_first_comes_later"])
 def test_a_script_that_ends_with_an_error_that_would_come_again_is_not_started_again_by_torchrun(
-    tmp_path: Path,
+    tmp_path: Path, late_s: int
 ) -> None:
-    found = run(tmp_path, "--thread", ranks=2, torchrun=("--max-restarts=3",), fresh=True)
+    found = run(tmp_path, "--thread", "--late-s", late_s, ranks=2, torchrun=("--max-restarts=3",), fresh=True)
     assert found.code != 0
     assert 1 <= found.err.count("ConfigError: threads were started before dtrain.launch") <= 2, "once a rank"
 

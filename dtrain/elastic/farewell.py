@@ -19,6 +19,8 @@ from dtrain.observe.events import say
 FAILED = 1
 FORM_ANEW = 75
 """EX_TEMPFAIL of sysexits.h."""
+_FOR_THE_FIRST_S = 5.0
+"""What another process has one of, the first one here will have had soon, and ends the agent."""
 
 
 class Farewell:
@@ -87,24 +89,34 @@ class Farewell:
             if before != "stopped: " and place.rank == 0:
                 say(f"{before}{signal.Signals(outcome.signal).name}")
             code = 128 + (signal.SIGINT if outcome.signal == signal.SIGINT else signal.SIGTERM)
-        if final and not self.agent_ends:
+        if final and not self.agent_ends and place.local_rank == 0:
             _end_agent(place, self._agent)
         sys.exit(code)
 
 
 def end_with(error: BaseException) -> None:
     """Before a process ends with an error that nobody has caught: if the next try would end in the same way, such as
-    with an option that can't be right, there is to be none."""
+    with an option that can't be right, there is to be none.
+
+    The first process here sees to that. Another one stays until it has, or the agent would start all again before the
+    first has come to its own error; and does it itself, should the first have none.
+    """
     process, parent = STARTED
     if isinstance(error, DtrainError) and process == os.getpid():
         with contextlib.suppress(DtrainError):
-            _end_agent(Placement.from_env(), parent)
+            place = Placement.from_env()
+            if place.local_rank > 0 and _starts_again(place):
+                time.sleep(_FOR_THE_FIRST_S)
+            _end_agent(place, parent)
+
+
+def _starts_again(place: Placement) -> bool:
+    return place.store is not None and place.restarts < place.most_restarts
 
 
 def _end_agent(place: Placement, agent: int) -> None:
     """torchrun would start all processes again, and there is no exit code that tells it not to."""
-    again = place.store is not None and place.restarts < place.most_restarts
-    if again and place.local_rank == 0 and os.getppid() == agent:
+    if _starts_again(place) and os.getppid() == agent:
         os.kill(agent, signal.SIGTERM)
 
 
