@@ -11,6 +11,10 @@ import os
 STARTED = os.getpid(), os.getppid()
 """This process and its parent, before the import has taken its time: the parent may be dead by its end."""
 
+FIRST = "RANK" in os.environ and os.environ.setdefault("DTRAIN_FIRST", str(STARTED[0])) == str(STARTED[0])
+"""Whether this is the process that torchrun has started for a rank, and not a program that such a one has started and
+that has its environment from it."""
+
 _was_on = gc.isenabled()
 gc.disable()
 try:

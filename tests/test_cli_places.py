@@ -130,6 +130,10 @@ def test_large_weights_come_into_a_bucket_as_they_are(s3: Server, tmp_path: Path
     assert dtrain("import", tmp_path / "model.safetensors", url)[0] == 0
     assert dtrain("verify", url)[0] == 0
     assert dtrain("export", url, tmp_path / "out.safetensors")[0] == 0
+    attempt = json.loads(dtrain("ls", url, "--json")[1])[0]["attempt"]
+    for place in (f"{url}/checkpoints/{attempt}", f"{url}/out.safetensors"):
+        with pytest.raises(ConfigError, match="step=3 can be asked of a run folder only"):
+            load(place, {"model": nn.Linear(3, 2 << 20)}, step=3)
     model = nn.Linear(3, 2 << 20)
     for source in (url, tmp_path / "out.safetensors"):
         load(source, {"model": model})

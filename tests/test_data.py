@@ -149,11 +149,19 @@ class Stream(torch.utils.data.IterableDataset[int]):
         self._next = state["next"]
 
 
-def streamed(root: Path, steps: int, rank: int, **options: Any) -> list[int]:
+class Noisy(Stream):
+    """Draws at the start of an epoch and with each sample, as data sets do that shuffle and augment."""
+
+    def __iter__(self) -> Iterator[int]:
+        torch.rand(())
+        return (number + 1000 * int(torch.randint(1000, ())) for number in super().__iter__())
+
+
+def streamed(root: Path, steps: int, rank: int, kind: type[Stream] = Stream, **options: Any) -> list[int]:
     found: list[int] = []
     with opened(root, **options) as run:
         model = run.parallelize(nn.Linear(1, 1))
-        data = run.data(Stream(rank, run.world_size))
+        data = run.data(kind(rank, run.world_size))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         run.track(model=model, optimizer=optimizer)
         for step in run.steps(steps):
@@ -173,6 +181,13 @@ def test_an_iterable_data_set_goes_on_where_it_was_with_as_many_ranks(tmp_path: 
     for error in errors(3, lambda rank: streamed(tmp_path / "cut", 7, rank)):
         assert isinstance(error, DataError)
         assert "goes on only with as many ranks as before; saved with 2 ranks, now 3" in str(error)
+
+
+def test_what_an_iterable_data_set_draws_follows_from_the_micro_batch(tmp_path: Path) -> None:
+    whole = in_world(1, lambda rank: streamed(tmp_path / "whole", 6, rank, Noisy))[0]
+    first = in_world(1, lambda rank: streamed(tmp_path / "cut", 4, rank, Noisy))[0]
+    assert first + in_world(1, lambda rank: streamed(tmp_path / "cut", 6, rank, Noisy))[0] == whole
+    assert len(set(whole)) == len(whole)
 
 
 def tokens_file(path: Path, count: int = 1000, dtype: str = "uint16") -> Path:

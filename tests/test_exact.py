@@ -267,6 +267,29 @@ def test_a_block_that_is_used_twice_in_a_pass_changes_nothing(tmp_path: Path) ->
     assert {*in_world(3, partial(work, kind="ddp")), *in_world(3, partial(work, kind="fsdp"))} == {alone}
 
 
+def test_sums_are_the_same_wherever_in_memory_an_element_lies(tmp_path: Path) -> None:
+    """Three micro-batches and more on a rank: some are added up before DDP sends them off."""
+
+    class Pictures(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Conv2d(7, 6, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.turned = nn.Parameter(torch.randn(7, 4).t())
+            self.holes = nn.Parameter(torch.randn(4, 14)[:, ::2])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen = self.seen(x[:, :, None, None].expand(-1, -1, 2, 2)).mean((1, 2, 3))
+            turned = (x @ self.turned.t()) * (x @ self.holes.t())
+            out: torch.Tensor = super().forward(x + seen[:, None]) + turned.sum(1, keepdim=True)
+            return out
+
+    def work(rank: int, kind: str) -> str:
+        return curve(tmp_path / f"{kind}{dist.get_world_size()}", 3, Pictures, reduction="exact", **of(kind)).digest
+
+    alone = in_world(1, partial(work, kind="none"))[0]
+    assert {*in_world(2, partial(work, kind="ddp")), *in_world(3, partial(work, kind="ddp"))} == {alone}
+
+
 def test_the_loss_is_the_sum_in_the_order_of_the_list(tmp_path: Path) -> None:
     def work(rank: int) -> list[float]:
         return curve(tmp_path / str(dist.get_world_size()), 3, reduction="exact", global_batch=14).losses

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dtrain.errors import UsageError
@@ -103,12 +104,16 @@ def test_a_rank_with_fewer_micro_batches_makes_a_pass_that_the_loop_does_not_see
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+            self.replaced: torch.Tensor
+            self.register_buffer("replaced", torch.zeros(()))
+            self.normed = nn.BatchNorm1d(7, momentum=None)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             nonlocal forwards
             forwards += 1
             self.get_buffer("passes").add_(1)
-            return super().forward(x)
+            self.replaced = self.replaced + 1
+            return super().forward(self.normed(x))
 
     def work(rank: int) -> tuple[int, int, int, float]:
         seen = 0
@@ -118,12 +123,17 @@ def test_a_rank_with_fewer_micro_batches_makes_a_pass_that_the_loop_does_not_see
             data = run.data(samples())
             run.track(model=model, optimizer=optimizer)
             for step in run.steps(1):
+                means = []
                 for x, y in step.micro_batches(data):
                     noise = torch.rand(())
+                    means.append(x.mean(0))
                     step.backward(nn.functional.cross_entropy(model(x), y, reduction="sum"), count=len(y))
                     after = torch.rand(())
                     seen += len(y)
                 passes = int(model.get_buffer("passes"))
+                assert int(model.get_buffer("replaced")) == passes
+                running: Any = model.get_submodule("normed").running_mean
+                assert torch.allclose(running, torch.stack(means).mean(0)), "which BatchNorm writes past versions"
                 step.update(optimizer)
             return seen, forwards, passes, float(noise + after)
 
@@ -131,6 +141,40 @@ def test_a_rank_with_fewer_micro_batches_makes_a_pass_that_the_loop_does_not_see
     assert [seen for seen, *_ in found] == [2, 4, 4], "samples that the loop was given"
     assert [forwards for _, forwards, *_ in found] == [2, 2, 2], "passes of the model"
     assert [passes for *_, passes, _ in found] == [1, 2, 2], "a buffer doesn't remember the spare one"
+
+
+@pytest.mark.parametrize("global_batch", [16, 12])
+def test_sharded_layers_that_take_turns_get_the_gradients_of_one_process(tmp_path: Path, global_batch: int) -> None:
+    """Even and odd samples each have a layer, of one size; with three micro-batches one rank makes a spare pass."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return (self.a, self.b)[number % 2](x), self.unused(x)
+
+    def work(rank: int, kind: str) -> dict[str, torch.Tensor]:
+        with opened(tmp_path / kind, parallel=kind, global_batch=global_batch, micro_batch=4) as run:
+            model = run.parallelize(Experts())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    number = int(step._index >= global_batch // 4 // 2)  # as the ranks have them
+                    step.backward(nn.functional.cross_entropy(model(x, number)[0], y, reduction="sum"), count=len(y))
+                step.update(optimizer)
+            return {
+                name: part.full_tensor() if isinstance(part, DTensor) else part  # all ranks must reach it
+                for name, part in model.state_dict().items()
+            }
+
+    (alone,) = in_world(1, partial(work, kind="none"))
+    for found in in_world(2, partial(work, kind="fsdp")):
+        for name, whole in alone.items():
+            assert torch.allclose(found[name], whole, atol=1e-6), name
 
 
 def test_a_model_on_the_meta_device_gets_the_same_values_in_every_layout(tmp_path: Path) -> None:
@@ -240,6 +284,7 @@ def test_recomputing_changes_no_bit_and_a_copy_has_its_own_parameters(tmp_path: 
         kept = curve(tmp_path / "kept", 3)
         with opened(tmp_path / "copied", activation_checkpointing=how) as run:
             model = run.parallelize(Net())
+            assert len({type(block) for block in model.blocks}) == (2 if how == 2 else 1)  # type: ignore[union-attr]
             twin = copy.deepcopy(model)
             with torch.no_grad():
                 for parameter in twin.parameters():

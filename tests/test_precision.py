@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import TensorDataset
 
 import dtrain
+from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.state import bare
-from dtrain.errors import UsageError
+from dtrain.errors import Garbage, UsageError
 from tests.layers import FEATURES, Net, digest_of, samples
 from tests.training import opened
 from tests.world import errors, in_world
@@ -86,6 +89,58 @@ def test_a_scaler_of_the_users_own_is_used(tmp_path: Path) -> None:
             return scaler.get_scale()
 
     assert in_world(1, work) == [128.0]
+
+
+def test_a_scaler_that_is_switched_off_is_none(tmp_path: Path) -> None:
+    def work(rank: int) -> bool:
+        with opened(tmp_path) as run:
+            model = run.parallelize(nn.Linear(FEATURES, 1))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer, scaler=GradScaler("cpu", enabled=False))
+            for step in run.steps(2):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).sum() * (torch.nan if step.number == 2 else 1), count=len(x))
+                step.update(optimizer)
+        return True
+
+    (error,) = errors(1, work)
+    assert isinstance(error, Garbage), "a gradient that isn't finite is looked for all the same"
+
+
+def test_an_overflow_that_one_rank_of_a_tensor_sees_is_one_of_all(tmp_path: Path) -> None:
+    def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        return parallelize_module(model, mesh, {"wide": ColwiseParallel(), "narrow": RowwiseParallel()})
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(FEATURES, 4)  # not spread over the tensor's ranks
+            self.wide, self.narrow = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.narrow(self.wide(self.first(x))).clone()
+            return out
+
+    def work(rank: int) -> tuple[float, bool]:
+        with opened(tmp_path, precision="fp16", parallel="fsdp", tensor_parallel=2) as run:
+            model = run.parallelize(Two(), tensor_parallel=split)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            before = [local_part(p).detach().clone() for p in model.parameters()]
+            for step in run.steps(1):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).float().sum(), count=len(x))
+                gradient = model.get_submodule("wide").weight.grad
+                if rank == 3:
+                    local_part(gradient).fill_(torch.inf)  # type: ignore[arg-type]
+                step.update(optimizer)
+            after = [local_part(p).detach() for p in model.parameters()]
+            assert run.scaler is not None
+            return run.scaler.get_scale(), all(map(torch.equal, before, after))
+
+    assert in_world(4, work) == [(512.0, True)] * 4
 
 
 def test_a_loss_in_float16_is_refused_before_it_overflows(tmp_path: Path) -> None:

@@ -131,12 +131,13 @@ def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
         assert "SIGHUP" not in program.err()
 
 
-def test_processes_that_main_forks_can_be_ended_by_a_signal_without_ending_the_run(tmp_path: Path) -> None:
+def test_processes_that_main_starts_end_as_they_like_without_ending_the_run(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(WITH_A_POOL)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=3"]
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "run")],
+        [sys.executable, *torchrun, str(script), str(tmp_path / "run")],
         env=environment, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -146,6 +147,8 @@ def test_processes_that_main_forks_can_be_ended_by_a_signal_without_ending_the_r
 
 WITH_A_POOL = """
 import multiprocessing
+import signal
+import subprocess
 import sys
 import torch
 from torch import nn
@@ -157,7 +160,11 @@ def main(run):
     data = run.data([torch.ones(2) for _ in range(8)])
     run.track(model=model, optimizer=optimizer)
     with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends its workers by SIGTERM
-        assert pool.map(abs, [-1, -2]) == [1, 2]
+        assert pool.map(signal.getsignal, [signal.SIGTERM]) == [signal.SIG_DFL]
+    # A program of its own, which has the environment from this one, and an error that nobody catches.
+    program = "import dtrain; dtrain.Config(dir='x', global_batch=3, micro_batch=2)"
+    failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ConfigError" in failed.stderr, failed.stderr
     for step in run.steps(3):
         for x in step.micro_batches(data):
             step.backward(model(x).square().sum(), count=len(x))

@@ -169,8 +169,7 @@ def open_source(
         raise ConfigError(f"{path} doesn't exist")
     if path.is_dir() and (path / FOLDER).is_dir():
         return _of_run(LocalStorage(str(path)), step)
-    if step is not None:
-        raise ConfigError(f"step={step} can be asked of a run folder only, and {path} is none")
+    _refuse(step, path)
     if path.name == METADATA or path.name == MANIFEST:
         path = path.parent
     if path.is_dir():
@@ -186,6 +185,11 @@ def open_source(
     return _of_torch_save(path, name)
 
 
+def _refuse(step: int | None, place: object) -> None:
+    if step is not None:
+        raise ConfigError(f"step={step} can be asked of a run folder only, and {place} is none")
+
+
 def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     if url.startswith(WEB):
         raise ConfigError(f"{url}: of the web dtrain reads nothing; copy the files to a disk and name them there")
@@ -193,11 +197,13 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     if epoch_of(attempt) >= 0 and step is None:
         return _of_attempt(storage_at(run, options), attempt)
     if url.endswith((SUFFIX, INDEX_SUFFIX)):
+        _refuse(step, url)
         folder, _, file = url.rpartition("/")
         return _of_safetensors(storage_at(folder, options), file, name)
     storage = storage_at(url, options)
     if FOLDER in storage.names("."):
         return _of_run(storage, step)
+    _refuse(step, url)
     files = storage.files(".")
     if MANIFEST in files:
         manifest = Manifest.from_json(storage.read(MANIFEST))

@@ -77,7 +77,7 @@ class Writer(StorageWriter):
             tensors = [tensor for index in layout.indices if isinstance(tensor := data[index], torch.Tensor)]
             copies = {index.fqn: copy.getvalue() for index, copy in data.items() if isinstance(copy, io.BytesIO)}
             name = shard_name(self._rank)
-            with self._storage.open_new(f"{self._folder}/{name}") as sink:
+            with self._storage.open_new(f"{self._folder}/{name}", layout.size) as sink:
                 digests = write_stream(sink, layout, layout.stream(tensors))
                 part = with_values(
                     Part(file=name, size=layout.size, items=layout.items, digests=digests),

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import NoReturn
 
-from dtrain.ahead import STARTED
+from dtrain.ahead import FIRST, STARTED
 from dtrain.elastic.generation import Group, Outcome
 from dtrain.elastic.placement import Placement
 from dtrain.errors import DtrainError
@@ -102,7 +102,7 @@ def end_with(error: BaseException) -> None:
     first has come to its own error; and does it itself, should the first have none.
     """
     process, parent = STARTED
-    if isinstance(error, DtrainError) and process == os.getpid():
+    if FIRST and isinstance(error, DtrainError) and process == os.getpid():
         with contextlib.suppress(DtrainError):
             place = Placement.from_env()
             if place.local_rank > 0 and _starts_again(place):

@@ -175,17 +175,19 @@ class Supervisor:
 
     def _train(self, life: Life, dog: Watchdog, saying: int) -> int:
         """The trainer's whole life."""
-        supervisor, trainer = os.getppid(), os.getpid()
+        supervisor = os.getppid()
 
         def pass_on(number: int, frame: FrameType | None) -> None:
-            if os.getpid() == trainer:
-                os.kill(supervisor, number)
-            else:  # a process that the user's code has forked: the signal is meant for it, and not for the run
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
+            os.kill(supervisor, number)
+
+        def mean_it() -> None:  # a process that the user's code has forked: the signal is for it, and not for the run
+            for number in self._ending:
+                if signal.getsignal(number) is pass_on:
+                    signal.signal(number, signal.SIG_DFL)
 
         for number in self._ending:
             signal.signal(number, pass_on)
+        os.register_at_fork(after_in_child=mean_it)
         dog.in_the_trainer()
         try:
             self._work(life)

@@ -89,7 +89,7 @@ class Replicated(Wrapped):
             places: dict[torch.Tensor, int] = {parameter: place for place, parameter in enumerate(self._trained())}
             mine = [places[parameter] for parameter in bucket.parameters()]
             for node in self._sums.nodes:
-                sums.add(node.first, node.end, [torch.cat([node.parts[place].reshape(-1) for place in mine])])
+                sums.add(node.first, node.end, [torch.cat([_as_in_a_bucket(node.parts[place]) for place in mine])])
             sums.add(turn.index, turn.index + 1, [flat])
             nodes = [node.parts[0] for node in sums.nodes]
             for gradients in nodes:
@@ -106,6 +106,14 @@ def _sum(model: Replicated, bucket: dist.GradBucket) -> torch.futures.Future[tor
 def _tree(model: Replicated, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The same, for sums that don't depend on the world size."""
     return model.send(bucket)
+
+
+def _as_in_a_bucket(gradient: torch.Tensor) -> torch.Tensor:
+    """Flat, in the order that DDP lays it down in: as it lies in memory, if it has no gaps there."""
+    if gradient.is_contiguous():
+        return gradient.view(-1)
+    dense = torch.empty_like(gradient, device="meta").stride() == gradient.stride()
+    return gradient.as_strided((gradient.numel(),), (1,)) if dense else gradient.reshape(-1)
 
 
 def _settle(wrapped: DistributedDataParallel) -> None:

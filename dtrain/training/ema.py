@@ -56,6 +56,8 @@ class EMA(nn.Module):
     def applied(self) -> Iterator[None]:
         """The model has the averaged weights inside the block, and nothing may be saved there."""
         weights, averages = self._pairs
+        if any(weight.is_cuda for weight in weights):
+            torch.cuda.synchronize()  # a snapshot's copy of the weights may still be under way
         with torch.no_grad():
             kept = [weight.clone() for weight in weights]
             torch._foreach_copy_(weights, averages)

@@ -46,6 +46,9 @@ class Sharded(Wrapped):
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what was counted
                 part.set_force_sum_reduction_for_comms(True)
+                if not exact and hasattr(part, "set_reduce_scatter_unused_params"):
+                    # Or a rank would leave out what its own losses don't use, and send what others take for the rest.
+                    part.set_reduce_scatter_unused_params(True, recurse=False)
                 own = _own_parameters(part)
                 if exact and own:
                     together = dist.get_world_size(group) < dist.get_world_size()  # by tensor parallelism
@@ -75,6 +78,11 @@ class Sharded(Wrapped):
 
     def _expect(self, spare: int, *, uneven: bool) -> None:
         self._spare, self._uneven, self._forwards = spare, uneven, 0
+
+    def check(self) -> None:
+        # Units that this rank's losses didn't reach take no part in the sum, for which the others then wait.
+        if self._turn.last and not self.exact and any(p.grad is None for p in self._trained()):
+            raise RuntimeError("FSDP was not reached by the backward pass")
 
     def end(self) -> None:
         self._uneven = False
@@ -106,15 +114,21 @@ class Sharded(Wrapped):
     def _spare_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._root.set_requires_gradient_sync(self.exact)
         self.is_spare = True
-        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in self.module.buffers()]
+        buffers = [
+            (part, name, buffer, buffer.clone())
+            for part in self.module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         with generators_kept():
             out = pytree.tree_leaves(self.module(*args, **kwargs))
             reached = [leaf for leaf in out if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if reached:
                 torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
-        for buffer, version, before in buffers:
-            if buffer._version != version:
+        for part, name, buffer, before in buffers:
+            part._buffers[name] = buffer  # another may have been put in its place
+            if not torch.equal(buffer, before):  # not by its version: BatchNorm writes past it
                 buffer.copy_(before)
         self.is_spare = False
         if self.exact:

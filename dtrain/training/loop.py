@@ -92,7 +92,7 @@ class Loop:
             raise UsageError(f"steps({total!r}) must be a number of steps, 1 or more")
         self.started = True
         tracked = (value for value in self._state.objects.values() if isinstance(value, GradScaler))
-        scaler = next(tracked, self._precision.scaler)
+        scaler = next((each for each in tracked if each.is_enabled()), self._precision.scaler)
         if scaler is not None and scaler is self._precision.scaler:
             self._state.track({"scaler": scaler})
         if self._parallel.exact and dist.get_rank() == 0:

@@ -18,7 +18,7 @@ from dtrain.training.exchange import Exchange
 from dtrain.training.fsdp import Sharded
 from dtrain.training.order import block
 from dtrain.training.precision import Precision
-from dtrain.training.prepare import Filler, blocks_of, recompute
+from dtrain.training.prepare import Filler, blocks_of, modules_around, recompute
 from dtrain.training.wrapped import Wrapped
 
 Hook = Callable[[nn.Module, DeviceMesh], nn.Module]
@@ -150,7 +150,7 @@ class Parallel:
         if self._device.type == "cpu":
             offload = OffloadPolicy()  # that is where everything is
         if not isinstance(model, FSDPModule):  # the user's own function may have done it
-            _check_not_shared(blocks)
+            _check_not_shared(model, blocks)
             # One after the other: only one block at a time is there as a whole, if the model was made on meta.
             for part in blocks:
                 filler.fill(part)
@@ -169,14 +169,22 @@ class Parallel:
         return Sharded(model, group, self._shards, exact=self.exact)
 
 
-def _check_not_shared(blocks: Sequence[nn.Module]) -> None:
+def _check_not_shared(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    remedy = "name blocks that hold both by parallelize(model, blocks=...), or take parallel='ddp'"
     seen: dict[int, int] = {}
     for number, part in enumerate(blocks):
         for name, parameter in part.named_parameters():
             if seen.setdefault(id(parameter), number) != number:
                 raise UsageError(
                     f"blocks {seen[id(parameter)]} and {number} share a parameter ({name}): they can't be sharded "
-                    "apart; name blocks that hold both by parallelize(model, blocks=...), or take parallel='ddp'"
+                    f"apart; {remedy}"
+                )
+    for part in modules_around(model, set(blocks)):
+        for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                raise UsageError(
+                    f"block {seen[id(parameter)]} shares a parameter ({name} of a {type(part).__qualname__}) with what "
+                    f"is around the blocks: they can't be sharded apart; {remedy}"
                 )
 
 

@@ -92,7 +92,7 @@ class Filler:
         :param without: modules in it that were filled before.
         :raises UsageError: some parameters belong to a module that doesn't know how to fill them.
         """
-        modules = _below(root, set(without))
+        modules = modules_around(root, set(without))
         made = [value for module in modules for value in self._allocate(module)]
         able = [module for module in modules if callable(getattr(module, "reset_parameters", None))]
         for module in reversed(able):  # what is inside comes first: an outer one may change it
@@ -139,11 +139,12 @@ def _is_unfilled(value: torch.Tensor) -> bool:
     return bool((torch.isnan(value) if math.isnan(mark) else value == mark).any())
 
 
-def _below(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:
+def modules_around(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:
+    """A module and all in it, but for some with what is in them."""
     found = [root]
     for child in root.children():
         if child not in without:
-            found += _below(child, without)
+            found += modules_around(child, without)
     return list(dict.fromkeys(found))
 
 
@@ -156,12 +157,16 @@ def recompute(blocks: Blocks, how: str | int) -> None:
     context = partial(create_selective_checkpoint_contexts, _policy)
     options: dict[str, Any] = {"context_fn": context} if how == "selective" else {}
     every = how if isinstance(how, int) else 1
+    # One for all blocks of a kind: torch.compile compiles for so many classes only.
+    made: dict[type[nn.Module], type[nn.Module]] = {}
     for number, block in enumerate(blocks.values(), 1):
         if number % every == 0:
             # A class of its own, as FSDP2 gives it too: a wrapper would change names, and a method that is put on
             # the block itself would be that of the original in a copy.
             kind = type(block)
-            block.__class__ = type(kind.__name__, (kind,), {"forward": _forward(kind, options)})
+            if kind not in made:
+                made[kind] = type(kind.__name__, (kind,), {"forward": _forward(kind, options)})
+            block.__class__ = made[kind]
 
 
 def _forward(kind: type[nn.Module], options: dict[str, Any]) -> Callable[..., Any]:

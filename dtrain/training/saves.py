@@ -127,7 +127,9 @@ class Saves:
         if found is None:  # of a time when runs didn't know what was the best
             self.selection.best = best
             return restored
-        self.selection.load(found, best, resume=self._config.resume_stopped and self._first)
+        # Each agent counts its own restarts, and not all of them are of one age.
+        resume = self._config.resume_stopped and from_rank_0(lambda: self._first)
+        self.selection.load(found, best, resume=resume)
         if found["ended"] and not self.selection.ended:  # or a failure in the next step would have it end again
             self.saved = -1
             self.save()

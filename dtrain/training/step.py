@@ -216,6 +216,10 @@ class Step:
         self._check(optimizer, *schedulers)
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
+            if self._parallel.world_size < dist.get_world_size():
+                # By tensor parallelism: torch asks those only that share the first parameter.
+                for found in self._scaler._found_inf_per_device(optimizer).values():
+                    dist.all_reduce(found, op=dist.ReduceOp.MAX)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = self._divide(gradients, clip)
         if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):

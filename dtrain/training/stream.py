@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dtrain.config import Config
 from dtrain.errors import DataError
 from dtrain.training.data import Collate, to_device
+from dtrain.training.random import generators_kept, set_generators
 
 
 class Stream:
@@ -37,14 +38,16 @@ class Stream:
         self._iterator: Iterator[Any] | None = None
 
     def batches(self, step: int, micro_batches: range) -> Iterator[Any]:
-        for _ in micro_batches:
+        for number in micro_batches:
+            set_generators(self._config.seed, self.name, step, number)
             samples = [self._one() for _ in range(self._config.micro_batch)]
             yield to_device(self._collate(samples), self._device)
 
     def _one(self) -> Any:
         for _ in range(2):
             if self._iterator is None:
-                self._iterator = iter(self._dataset)
+                with generators_kept():  # it comes at other steps after a restart
+                    self._iterator = iter(self._dataset)
             try:
                 return next(self._iterator)
             except StopIteration:
