@@ -69,7 +69,7 @@ def of_steps(options: Options, step: int) -> list[int]:
     return list(map(int, Order(SAMPLES, 7, shuffle=True).ids((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_bit_that_flips_in_a_copy_of_the_parameters_is_found_named_and_undone(ranks: int, tmp_path: Path) -> None:
     flipped = job(tmp_path, "flipped", flip_at=(6,), rank=1, guards={"compare_every": 5}, snapshot_every=100)
     run(flipped, ranks)
@@ -84,7 +84,7 @@ def test_a_bit_that_flips_in_a_copy_of_the_parameters_is_found_named_and_undone(
     assert [event["step"] for event in events(flipped, "restored")] == [4]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_computes_wrong_parameters_twice_stops_the_run(ranks: int, tmp_path: Path) -> None:
     flipped = job(tmp_path, "flipped", flip_at=(2, 9), rank=1, guards={"compare_every": 3}, snapshot_every=100)
     with jobs.start(flipped, ranks) as started:

@@ -47,7 +47,7 @@ def in_a_save(job: Job, proxy: Proxy, *ranks: int, savers: bool = False) -> None
     proxy.release()
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 21), (3, 22)])
+@pytest.mark.parametrize(("ranks", "seed"), [(2, 21), pytest.param(3, 22, marks=pytest.mark.slow)])
 def test_killed_ranks_change_no_bit(
     options: Options, proxy: Proxy, undisturbed: Undisturbed, ranks: int, seed: int
 ) -> None:
@@ -62,7 +62,7 @@ def test_killed_ranks_change_no_bit(
         assert_ended_as(job, undisturbed, ranks)
 
 
-@pytest.mark.parametrize(("ranks", "seed"), [(2, 23), (3, 24)])
+@pytest.mark.parametrize(("ranks", "seed"), [(3, 24), pytest.param(2, 23, marks=pytest.mark.slow)])
 def test_killed_savers_change_no_bit(
     options: Options, proxy: Proxy, undisturbed: Undisturbed, ranks: int, seed: int
 ) -> None:
