@@ -32,7 +32,7 @@ from dtrain.observe.events import Events
 class Dtrain:
     """dtrain's own row: the engine as it runs under a supervisor, a process for each rank's saver.
 
-    :param place: of the run folder, which is a path or an URL.
+    :param place: of the run folder, which is a path or a URL.
     :param options: more of them, for the config.
     """
 

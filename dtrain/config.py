@@ -68,7 +68,7 @@ class Config:
     """The options of a run."""
 
     dir: str
-    """The run folder, on a local or shared disk, or an URL such as `s3://bucket/runs/x`. It is created if it isn't
+    """The run folder, on a local or shared disk, or a URL such as `s3://bucket/runs/x`. It is created if it isn't
     there, and continued if it is."""
 
     global_batch: int
@@ -187,16 +187,16 @@ class Config:
     """What `count` counts, for the progress line."""
 
     local_dir: str = ""
-    """A folder for what a bucket can't hold, where `dir` is an URL: events, metrics, and snapshots that don't fit into
+    """A folder for what a bucket can't hold, where `dir` is a URL: events, metrics, and snapshots that don't fit into
     memory. By default one below `~/.local/state/dtrain`."""
 
     local_save_every: int | str | None = None
-    """Where `dir` is an URL, the distance between two checkpoints in `local_dir`, besides those in `dir`: like
+    """Where `dir` is a URL, the distance between two checkpoints in `local_dir`, besides those in `dir`: like
     `save_every`, but for `"auto"`. All ranks must reach that folder: they run on one machine, or it is on a shared
     disk. None makes none there."""
 
     storage_options: Mapping[str, Any] = field(default_factory=dict)
-    """How `dir` is reached where it is an URL. For S3: `endpoint_url`, `region`, `profile`, `path_style`, `timeout_s`
+    """How `dir` is reached where it is a URL. For S3: `endpoint_url`, `region`, `profile`, `path_style`, `timeout_s`
     (how long a request is tried again), `client` ("obstore" or "s3fs"); by default what the environment and the profile
     say. For other file systems: what fsspec passes on to them. Never credentials."""
 
@@ -229,14 +229,14 @@ class Config:
             object.__setattr__(self, "local_dir", str(Path(local).expanduser().absolute()))
         else:
             if self.local_dir:
-                raise ConfigError(f"local_dir={self.local_dir!r} is for a dir that is an URL; leave it out")
+                raise ConfigError(f"local_dir={self.local_dir!r} is for a dir that is a URL; leave it out")
             if self.local_save_every is not None:
                 raise ConfigError(
-                    f"local_save_every={self.local_save_every!r} is for a dir that is an URL; leave it out"
+                    f"local_save_every={self.local_save_every!r} is for a dir that is a URL; leave it out"
                 )
             if self.storage_options:
                 names = ", ".join(self.storage_options)
-                raise ConfigError(f"storage_options ({names}) are for a dir that is an URL; leave them out")
+                raise ConfigError(f"storage_options ({names}) are for a dir that is a URL; leave them out")
             storage_at(self.dir)
             object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
             object.__setattr__(self, "local_dir", self.dir)

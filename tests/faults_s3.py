@@ -96,7 +96,7 @@ class Generation:
 
 
 def config_of(root: str, local: str, url: str) -> Config:
-    """Of a run on the server at an URL."""
+    """Of a run on the server at a URL."""
     options = {"endpoint_url": url, "timeout_s": TIMEOUT_S}
     return Config(
         dir=root, local_dir=local, storage_options=options, global_batch=1, micro_batch=1, keep_last=2, timeout_s=60

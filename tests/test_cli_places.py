@@ -1,4 +1,4 @@
-"""What `dtrain checkpoint` and `load` read by an URL, and how they are told the way there."""
+"""What `dtrain checkpoint` and `load` read by a URL, and how they are told the way there."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_option_for_no_url_and_one_without_a_value_are_named(tmp_path: Path) 
     code, _, err = dtrain("ls", tmp_path, "--storage-option", "region=x")
     assert (code, err) == (
         2,
-        f"dtrain: error: --storage-option region=x is for an URL, and {tmp_path} is none; leave it out\n",
+        f"dtrain: error: --storage-option region=x is for a URL, and {tmp_path} is none; leave it out\n",
     )
     code, _, err = dtrain("ls", "s3://bucket/run", "--storage-option", "region")
     assert (code, err) == (
@@ -105,7 +105,7 @@ def test_what_is_on_the_web_or_has_options_that_it_needs_none_of_is_refused_with
     )
     with pytest.raises(ConfigError, match="of the web dtrain reads nothing"):
         load(url, {"model": nn.Linear(3, 5)})
-    with pytest.raises(ConfigError, match=r"storage_options \(region\) are for an URL, and run is none"):
+    with pytest.raises(ConfigError, match=r"storage_options \(region\) are for a URL, and run is none"):
         load("run", {"model": nn.Linear(3, 5)}, storage_options={"region": "x"})
 
 

@@ -227,6 +227,14 @@ def test_all_ranks_have_to_see_the_folder(tmp_path: Path, s3: Server) -> None:
     in_world(2, work)
 
 
+def test_all_nodes_have_to_share_the_disk(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with pytest.raises(ConfigError, match=r"is not the folder that rank 0 sees\. All ranks must reach the same"):
+            train(tmp_path / str(rank), 2)
+
+    in_world(2, work)
+
+
 @pytest.mark.parametrize("every", ["auto", 0, "often"])
 def test_an_interval_that_can_not_be_right_is_named(every: Any) -> None:
     with pytest.raises(ConfigError, match="local_save_every="):
@@ -234,7 +242,7 @@ def test_an_interval_that_can_not_be_right_is_named(every: Any) -> None:
 
 
 def test_on_a_disk_there_is_no_second_place(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="local_save_every=5 is for a dir that is an URL"):
+    with pytest.raises(ConfigError, match="local_save_every=5 is for a dir that is a URL"):
         Config(dir=str(tmp_path), global_batch=1, micro_batch=1, local_save_every=5)
 
 

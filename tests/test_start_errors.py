@@ -32,7 +32,7 @@ def events(root: Path, kind: str) -> list[dict[str, object]]:
         (("save_every", "often"), "save_every='often' is no interval; write a number of steps (200), or a text such"),
         (("keep_last", "many"), "keep_last='many' must be a whole number, 2 or more"),
         (("dir", "s3:///run"), "dir='s3:///run' must be like s3://bucket/prefix"),
-        (("storage_options", {"region": "x"}), "storage_options (region) are for a dir that is an URL; leave them out"),
+        (("storage_options", {"region": "x"}), "storage_options (region) are for a dir that is a URL; leave them out"),
         (("cpu_offload", True), "cpu_offload=True needs parallel='fsdp' or 'hsdp'"),
         (("tensor_parallel", 2), "tensor_parallel=2 needs parallel='fsdp' or 'hsdp'"),
         (("unsafe_commit", "no"), "unsafe_commit='no' must be True or False"),

@@ -319,7 +319,7 @@ def test_a_profile_has_the_credentials(
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ("s3:/bucket/x", "dir='s3:/bucket/x' has one slash where an URL has two: 's3://bucket/x'"),
+        ("s3:/bucket/x", "dir='s3:/bucket/x' has one slash where a URL has two: 's3://bucket/x'"),
         ("s3://", "dir='s3://' must be like s3://bucket/prefix"),
         ("s3://bucket/../x", "dir='s3://bucket/../x' must be like s3://bucket/prefix"),
         ("s3://bucket//x", "dir='s3://bucket//x' must be like s3://bucket/prefix"),

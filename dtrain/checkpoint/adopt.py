@@ -45,7 +45,7 @@ def adopt(
     :param run: the folder: a new one, or one without any checkpoint.
     :param name: that a run tracks its model by.
     :param key: where in the source the weights are, as dotted names; by default where its own `name` is.
-    :param storage_options: how the run folder is reached where it is an URL.
+    :param storage_options: how the run folder is reached where it is a URL.
     :returns: the checkpoint's folder.
     :raises ConfigError: the run folder has checkpoints already.
     :raises StateError: the source has nothing under that name, or what only running code could read.

@@ -80,7 +80,7 @@ def load(
     :param allow_unexpected: patterns of what only the checkpoint may have; it is passed over.
     :param allow_reshaped: patterns of what may have another shape now; it stays as it is.
     :param allow_retyped: patterns of what may have another type now; it is converted.
-    :param storage_options: how an URL is reached, see `Config.storage_options`.
+    :param storage_options: how a URL is reached, see `Config.storage_options`.
     :raises UsageError: the objects aren't given by names.
     :raises ConfigError: there is nothing of the kind, or the options aren't for it.
     :raises StateError: something differs and isn't allowed, or a pattern matches nothing; nothing has changed then.
@@ -149,7 +149,7 @@ def find(
     :raises: see `open_source`.
     """
     if storage_options and not is_remote(source):
-        raise ConfigError(f"storage_options ({', '.join(storage_options)}) are for an URL, and {source} is none")
+        raise ConfigError(f"storage_options ({', '.join(storage_options)}) are for a URL, and {source} is none")
     if not _several_ranks():
         return _find(source, step, storage_options)
     found: list[Source] = []

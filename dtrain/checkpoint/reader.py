@@ -234,7 +234,7 @@ class Reader(StorageReader):
     ) -> Reader:
         """The newest good checkpoint of a run folder, or that of a step; or a checkpoint's own folder.
 
-        :param storage_options: how an URL is reached, see `Config.storage_options`.
+        :param storage_options: how a URL is reached, see `Config.storage_options`.
         :raises: see `loading.find`.
         """
         from dtrain.checkpoint.loading import find  # which needs this module

@@ -156,7 +156,7 @@ def open_source(
 
     :param step: which checkpoint of a run folder; without it the newest one.
     :param name: what weights are called that have no name of their own, as those of safetensors.
-    :param storage_options: how an URL is reached, see `Config.storage_options`.
+    :param storage_options: how a URL is reached, see `Config.storage_options`.
     :raises ConfigError: there is nothing of the kind, or no such step.
     :raises NoGoodCheckpoint: the run has committed nothing, or the checkpoint that was asked for is bad.
     :raises Damaged: it isn't what was saved.
@@ -211,7 +211,7 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     if any(file.endswith(SUFFIX) for file in files):
         return _of_safetensors(storage, "", name)
     raise ConfigError(
-        f"{url} is no run, no checkpoint and no safetensors, which are what dtrain reads of an URL; copy other weights "
+        f"{url} is no run, no checkpoint and no safetensors, which are what dtrain reads of a URL; copy other weights "
         "to a disk and name them there"
     )
 

@@ -10,7 +10,7 @@ from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.policy import best_of
 from dtrain.checkpoint.ranking import criterion_of
 from dtrain.cli.table import local_time, print_json, print_table, width
-from dtrain.cli.transfer import RunArg, open_run
+from dtrain.cli.transfer import RunArg, StorageOptions, open_run
 from dtrain.criteria import Best as Criterion
 from dtrain.criteria import Mode
 from dtrain.errors import StateError
@@ -24,7 +24,8 @@ _WIDE, _COLUMN = 90, 16
 class Best:
     """Show the checkpoints that have a metric, the best one first.
 
-    By default it is the metric that the run goes by (`Config.keep_best`). The exit code is 1 if none has it.
+    By default it is the metric that the run goes by (`Config.keep_best`). The exit code is 1 if it is finite in none,
+    and 2 if none has it.
     """
 
     folder: RunArg
@@ -35,11 +36,13 @@ class Best:
     mode: Mode | None = None
     """Whether less of it is better, or more; with a metric."""
 
+    storage_option: StorageOptions = ()
+
     json: bool = False
     """Print JSON: a list of {step, value, metrics, time, attempt}."""
 
     def run(self) -> int:
-        storage, log = open_run(self.folder)
+        storage, log = open_run(self.folder, self.storage_option)
         criterion = self._criterion(storage, log)
         found = best_of(log.commits(), criterion)
         others = sorted({name for entry in found for name in entry.metrics} - {criterion.metric})

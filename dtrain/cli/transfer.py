@@ -30,7 +30,7 @@ StorageOptions = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(
         metavar="NAME=VALUE",
-        help="How an URL is reached, as `Config.storage_options` has it: endpoint_url=http://host:9000, region=..., "
+        help="How a URL is reached, as `Config.storage_options` has it: endpoint_url=http://host:9000, region=..., "
         "profile=..., path_style=true. Once for each option.",
         help_behavior_hint="",
     ),
@@ -46,7 +46,7 @@ _TEXTS = ("client", "endpoint_url", "region", "profile")
 def reached(given: Sequence[str], *places: str) -> dict[str, Any]:
     """How places are reached: the options that were given as NAME=VALUE.
 
-    :raises ConfigError: one has another form, or no place is an URL.
+    :raises ConfigError: one has another form, or no place is a URL.
     """
     options: dict[str, Any] = {}
     for text in given:
@@ -58,7 +58,7 @@ def reached(given: Sequence[str], *places: str) -> dict[str, Any]:
             with contextlib.suppress(ValueError):  # numbers, true and false
                 options[name] = json.loads(value)
     if options and not any(map(is_remote, places)):
-        raise ConfigError(f"--storage-option {given[0]} is for an URL, and {places[0]} is none; leave it out")
+        raise ConfigError(f"--storage-option {given[0]} is for a URL, and {places[0]} is none; leave it out")
     return options
 
 

@@ -61,10 +61,10 @@ class Options:
     """Train a byte-level GPT that survives what happens to its processes."""
 
     dir: str = "runs/gpt"
-    """Folder of the run, or an URL (s3://...): its checkpoints are written here, and found here by the next start."""
+    """Folder of the run, or a URL (s3://...): its checkpoints are written here, and found here by the next start."""
 
     local_dir: str = ""
-    """Folder for events and metrics, where the run's is an URL."""
+    """Folder for events and metrics, where the run's is a URL."""
 
     data: tuple[Path, ...] = ()
     """Files and folders to learn from. Without any: the Python standard library's own source."""
@@ -155,7 +155,7 @@ class Options:
     """How long a step may stand still, in seconds."""
 
     local_save_every: int | str | None = None
-    """Where the run's folder is an URL: from one checkpoint in the local folder to the next."""
+    """Where the run's folder is a URL: from one checkpoint in the local folder to the next."""
 
     keep_last: int = 3
     """Checkpoints that are kept, at least 2. Older ones are deleted."""

@@ -16,7 +16,7 @@ OPTIONS = ("client", "endpoint_url", "region", "profile", "path_style", "timeout
 
 
 def split(root: str) -> tuple[str, str]:
-    """Bucket and prefix of an URL. :raises ConfigError: there is no bucket in it."""
+    """Bucket and prefix of a URL. :raises ConfigError: there is no bucket in it."""
     parts = urlsplit(root)
     prefix = parts.path.removeprefix("/").rstrip("/")
     wrong = {"", ".", ".."}.intersection(prefix.split("/")) if prefix else ()

@@ -26,7 +26,7 @@ _CHANGED = ("LastModified", "last_modified", "mtime", "updated", "modified", "cr
 class FilesystemStorage(ObjectStorage):
     """See `Storage`.
 
-    :param root: an URL that fsspec understands.
+    :param root: a URL that fsspec understands.
     :param options: called for what the file system's own constructor is given, when it is opened.
     """
 

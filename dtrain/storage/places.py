@@ -18,7 +18,7 @@ S3_CLIENTS = ("obstore", "s3fs")
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is an URL."""
+    """Whether a place is a URL."""
     return "://" in os.fspath(place)
 
 
@@ -27,7 +27,7 @@ def storage_at(
 ) -> Storage:
     """Nothing is opened yet.
 
-    :param place: a folder, `s3://bucket/prefix`, or an URL of another file system that fsspec knows.
+    :param place: a folder, `s3://bucket/prefix`, or a URL of another file system that fsspec knows.
     :param options: see `Config.storage_options`.
     :param unsafe_commit: see `Config.unsafe_commit`.
     :raises ConfigError: the place or an option can't be right.
@@ -35,7 +35,7 @@ def storage_at(
     place = os.fspath(place)
     given = dict(options or {})
     if re.match(r"[a-z0-9]+:/[^/]", place):
-        raise ConfigError(f"dir={place!r} has one slash where an URL has two: {place.replace(':/', '://', 1)!r}")
+        raise ConfigError(f"dir={place!r} has one slash where a URL has two: {place.replace(':/', '://', 1)!r}")
     if not is_remote(place):
         return LocalStorage(place)
     if not place.startswith("s3://"):

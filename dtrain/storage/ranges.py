@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 _SIGNED_S = 300.0
-"""How long an URL is used. Credentials that are about to end would take it with them."""
+"""How long a URL is used. Credentials that are about to end would take it with them."""
 _MOST_FAILURES = 20
 """A server that doesn't take such requests isn't asked for ever."""
 

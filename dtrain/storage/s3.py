@@ -242,7 +242,7 @@ class S3Storage(ObjectStorage):
             time.sleep(random.uniform(0, 0.1 * 2**tried))
 
     def _sign(self, name: str) -> str:
-        """An URL that gives an object to whoever has it, for a while."""
+        """A URL that gives an object to whoever has it, for a while."""
         import obstore
 
         with self._errors(name):

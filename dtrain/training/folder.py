@@ -36,8 +36,13 @@ def open_folders(config: Config, storages: Sequence[Storage]) -> None:
             f"local_dir={config.local_dir!r} can't be made ({error.strerror}), which is for events and metrics; choose "
             "another folder"
         ) from error
-    for storage in storages[1:]:
+    for number, storage in enumerate(storages):
         problem = on_all_ranks(partial(_see, storage, run), (OSError, ValueError))
+        if problem and number == 0:
+            raise ConfigError(
+                f"dir={config.dir!r}: {problem}. All ranks must reach the same folder: put it on a disk that all nodes "
+                "share, or into a bucket"
+            )
         if problem:
             raise ConfigError(
                 f"local_save_every={config.local_save_every!r}: {problem}. All ranks must reach local_dir="
@@ -90,7 +95,7 @@ def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:
 def _see(storage: Storage, run: str) -> None:
     """:raises ValueError: this rank doesn't."""
     try:
-        seen = json.loads(storage.read(CONFIG)).get(_RUN) == run
+        seen = json.loads(storage.read(CONFIG)).get(_RUN, "") == run
     except FileNotFoundError:
         seen = False
     if not seen:

@@ -24,8 +24,8 @@ class Tokens:
     """A file of nothing but token numbers, cut into windows of `context + 1`: the last token of one is the first of the
     next. A map-style data set; of the file, only what is used is read.
 
-    :param path: a file, or an URL that fsspec knows. What an URL stands for is copied to a folder of this machine
-        first, once; give an URL inside of the training function, since a client may not be used before a fork.
+    :param path: a file, or a URL that fsspec knows. What a URL stands for is copied to a folder of this machine
+        first, once; give a URL inside of the training function, since a client may not be used before a fork.
     :param context: tokens that a model sees at once.
     :param dtype: of the numbers: uint16, int32, ...
     :param cache: that folder.
