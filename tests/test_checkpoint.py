@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from dtrain.errors import StateError
+from dtrain.checkpoint.channel import Remote
+from dtrain.checkpoint.slots import Slots
+from dtrain.checkpoint.state import State
+from dtrain.errors import StateError, UsageError
 from tests.saving import Kept, Saver, bits, differences, restore, save
 from tests.world import alone, errors, in_world
 
@@ -225,12 +230,13 @@ class Versioned(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
-def test_a_modules_version_and_extra_state_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [{"seen": 0, "mean": torch.zeros(2)}, {"mean": torch.zeros(0)}, {}])
+def test_a_modules_version_and_extra_state_come_back(tmp_path: Path, before: dict[str, Any]) -> None:
     def work() -> None:
         one, other = Versioned(), Versioned()
         one.extra = {"seen": 7, "mean": torch.randn(2)}
         save(tmp_path, model=nn.Sequential(one))
-        other.extra = {"seen": 0, "mean": torch.zeros(2)}
+        other.extra = before
         restore(tmp_path, model=nn.Sequential(other))
         assert bits(other.weight) == bits(one.weight), "the weight was taken for one of version 1"
         assert list(differences(one.extra, other.extra)) == []
@@ -308,6 +314,31 @@ def test_other_objects_than_the_saved_ones_are_refused(
     (error,) = errors(1, work)
     assert isinstance(error, StateError)
     assert message in str(error)
+
+
+@pytest.mark.parametrize("name", ["model.average", "$model"])
+def test_a_name_that_could_not_be_told_from_a_part_of_another_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"track.{re.escape(repr(name))}.: a name has no dots, and no dollar"):
+        State().track({name: nn.Linear(1, 1)})
+
+
+def test_an_optimizer_that_keeps_more_than_its_parameters_states_is_named() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["count"] = 3  # type: ignore[index]
+    state = State()
+    state.track({"model": model, "sgd": optimizer})
+    with pytest.raises(StateError, match="sgd: a SGD keeps 'count' among the states of its parameters"):
+        state.tree({})
+
+
+def test_metrics_that_are_too_many_for_a_message_are_refused() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    slots = Slots()
+    saver = Remote(ours, slots.board, 0)
+    with ours, theirs, pytest.raises(UsageError, match="save: 9000 metrics take"):
+        saver.begin(slots.snapshot(0), {f"a/metric/{number}": 1.0 for number in range(9000)})
+    assert not saver.busy
 
 
 def test_a_parameter_of_no_tracked_module_is_refused_by_shape_and_group(tmp_path: Path) -> None:

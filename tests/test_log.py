@@ -287,6 +287,21 @@ def test_a_claim_of_its_own_whose_answer_got_lost_fences_nobody_out(storage: Loc
         Log(storage).claim(time.time(), "ours", after=3)
 
 
+def test_a_claim_that_a_listing_has_left_out_fences_all_the_same(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leftover = claimed(storage)
+    newer = claimed(storage)
+    committed = newer.append(entry(newer))
+    listed = storage.names
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "names", lambda *a, **k: [n for n in listed(*a, **k) if n != "00000001.json"])
+        for _ in range(2):
+            with pytest.raises(Fenced, match="epoch 2 took over"):
+                leftover.append(entry(leftover))
+    assert Log(storage).refresh()[-1] == committed
+
+
 def test_what_can_not_be_cleared_away_does_not_hold_up_a_claim(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,24 @@ def test_a_full_local_disk_is_no_hindrance(tmp_path: Path, s3: Server) -> None:
     assert f"step 2 could not be saved in {local}: rank 0: [Errno 28] No space left on device" in warned
 
 
+def test_a_local_disk_that_is_full_at_a_restart_is_no_hindrance(tmp_path: Path, s3: Server) -> None:
+    root, local = folders(tmp_path)
+
+    def again() -> dict[str, torch.Tensor]:
+        def full(self: LocalStorage, *_: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        with mock.patch.object(LocalStorage, "create", full):
+            return trained(root, local, 12)
+
+    alone(lambda: trained(root, local, 6))
+    assert same(alone(again), alone(lambda: train(tmp_path / "calm", 12)))
+    assert (steps_of(root)[-1], steps_of(local)[-1]) == (12, 4)
+    warned = [line["message"] for line in read_lines(local / EVENTS) if line["event"] == "warning"]
+    assert f"{local} can't be claimed: [Errno 28] No space left on device" in warned
+    assert f"step 8 could not be saved in {local}: it can't be claimed" in warned
+
+
 def test_all_ranks_have_to_see_the_folder(tmp_path: Path, s3: Server) -> None:
     root, local = folders(tmp_path)
 

@@ -292,5 +292,8 @@ def test_several_threads_copy_the_same_bits_as_one(monkeypatch: pytest.MonkeyPat
     targets = [torch.zeros_like(source) for source in sources]
     assert copying.copy(targets, sources, [True] * len(sources), threads=3) is None
     assert all(bits(target) == bits(source) for target, source in zip(targets, sources, strict=True))
+    (whole,) = copies = [torch.zeros(2000)]
+    assert copying.copy(copies, [sources[4]], [True], threads=3) is None
+    assert bits(whole) == bits(sources[4]), "one tensor for three of them"
     with pytest.raises(RuntimeError, match="size of tensor"):
         copying.copy(targets, [*sources[:-1], torch.zeros(3)], [True] * len(sources), threads=3)

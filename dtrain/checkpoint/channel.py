@@ -19,7 +19,7 @@ from dtrain import errors
 from dtrain.checkpoint.agreement import Outcome
 from dtrain.checkpoint.saver import Saver
 from dtrain.checkpoint.slots import Board, Snapshot
-from dtrain.errors import SaveError
+from dtrain.errors import SaveError, UsageError
 
 _MOST_BYTES = 1 << 17
 """Of a message. Only a reason why something failed can be long."""
@@ -67,6 +67,11 @@ class Remote:
     def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         self.wait()
         message = packed(do="save", snapshot=asdict(snapshot), number=self._begun + 1, metrics=metrics, place=place)
+        if len(message) > _MOST_BYTES:
+            raise UsageError(
+                f"save: {len(metrics)} metrics take {len(message)} bytes, and there is room for {_MOST_BYTES}; "
+                "save the few that it is chosen by"
+            )
         self._begun += 1
         self._outcome = None
         self._board.saving_generation, self._board.saving = self._generation, self._begun

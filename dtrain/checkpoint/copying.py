@@ -44,7 +44,7 @@ def copy(
 
 def _copy_on_cpu(targets: list[torch.Tensor], sources: list[torch.Tensor], threads: int) -> None:
     """One thread alone rarely has all of a machine's memory bandwidth."""
-    count = min(threads, sum(source.nbytes for source in sources) // _COPY_BYTES)
+    count = min(threads, len(sources), sum(source.nbytes for source in sources) // _COPY_BYTES)
     if count <= 1:
         if sources:
             torch._foreach_copy_(targets, sources)

@@ -145,7 +145,8 @@ class Log:
     def check(self) -> None:
         """:raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read."""
         self.refresh()
-        newer = [entry for entry in self.entries if entry.kind == "claim" and entry.number > self._claim]
+        # Not by claims alone: a listing may leave out a name that came while it was made, and give one behind it.
+        newer = [entry for entry in self.entries if entry.epoch > self._epoch]
         if newer or self._last_broken > self._claim:  # which may be a claim
             what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
             raise Fenced(

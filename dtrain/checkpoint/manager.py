@@ -129,8 +129,10 @@ class Manager:
 
     def forget(self) -> None:
         """Let the next restore be from storage, of what is committed or asked for by now. No collective operation."""
-        self.wait()
-        self._slots.keep(None)
+        try:
+            self.wait()
+        finally:
+            self._snapshots.drop()
 
     def complete(self) -> None:
         """Wait until the tensors may change again, after a copy that goes on beside the training."""

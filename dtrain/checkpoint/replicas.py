@@ -47,6 +47,8 @@ class Replicas:
         self._sent = threading.Event()
         self._sent.set()
         self._error: Exception | None = None
+        self._arriving = threading.Lock()
+        self._dropped = False
         self._say = say
         self._said = False
         self._threads = [
@@ -67,6 +69,11 @@ class Replicas:
         self._sent.wait()
         if self._error is not None:
             raise self._error
+
+    def drop(self) -> None:
+        """What is on its way is worth nothing any more."""
+        with self._arriving:
+            self._dropped = True
 
     def close(self) -> None:
         """At the end of the training, on all ranks. What is taken later isn't sent."""
@@ -101,7 +108,8 @@ class Replicas:
                     return
                 for name, value in zip(_FIELDS, about, strict=True):
                     setattr(self._slot, name, value)
-                self._slot.whole = 1
+                with self._arriving:
+                    self._slot.whole = not self._dropped
 
     def _room(self, length: int) -> torch.Tensor:
         """In the slot that is the least needed. It is chosen when something comes: a restore may have changed it."""

@@ -86,7 +86,10 @@ class Saver:
             for catalog in local:
                 catalog.group = run.epoch
                 if not catalog.epoch:
-                    catalog.claim()
+                    try:
+                        catalog.claim()
+                    except OSError as error:  # the run does without, until the next save there
+                        self._events.warn(f"{catalog.storage.root} can't be claimed: {_text(error)}")
             return run.epoch
 
     def release(self) -> None:
@@ -98,7 +101,8 @@ class Saver:
         """On rank 0: mark a checkpoint as bad."""
         self.claim()
         with self._lock:
-            self._catalogs[place].condemn(attempt, step, reason)
+            if self._catalogs[place].epoch:
+                self._catalogs[place].condemn(attempt, step, reason)
 
     def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float], place: int = 0) -> Outcome:
         """Write one rank's part, and have all of it committed. All ranks' savers must come to it.
@@ -177,6 +181,8 @@ class Saver:
         try:
             if not catalog.epoch:
                 self.claim()
+            if not catalog.epoch:
+                raise SaveError("it can't be claimed")
             with self._lock:
                 late = number == _LAST and _is_late(snapshot, catalog)
                 attempt = self._agreement.attempt(name, "" if late else catalog.new_attempt(snapshot.step))

@@ -125,6 +125,12 @@ class Snapshots:
             copied.synchronize()
             publish()
 
+    def drop(self) -> None:
+        """Let none be gone on from, nor those that are still arriving."""
+        if self._replicas is not None:
+            self._replicas.drop()
+        self._slots.keep(None)
+
     def _meta(self, texts: Mapping[str, str], step: int) -> dict[str, Any]:
         return {
             "step": step,

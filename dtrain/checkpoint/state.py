@@ -41,6 +41,8 @@ class State:
         for name, value in objects.items():
             if name in self.objects or name == RUN:
                 raise UsageError(f"track({name}=...): the name is taken; choose another")
+            if "." in name or name.startswith("$"):
+                raise UsageError(f"track({name!r}): a name has no dots, and no dollar at its front; choose another")
             if not isinstance(value, torch.Generator) and not (
                 callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
             ):
@@ -94,6 +96,7 @@ class State:
             f"{name}.{key}": leaf
             for name, module in self.modules().items()
             for key, (_, leaf) in flatten(module.state_dict(keep_vars=True)).items()
+            if not _is_extra(key)
         }
         parameters = {
             f"{name}.state.{parameter_name}": parameter
@@ -145,6 +148,12 @@ class State:
             return value.state_dict(keep_vars=True) if isinstance(value, nn.Module) else value.state_dict()
         names = list(self._parameter_names(name, value).values())
         state = value.state_dict()
+        for key in state["state"]:
+            if not isinstance(key, int):
+                raise StateError(
+                    f"{name}: a {type(value).__qualname__} keeps {key!r} among the states of its parameters, of which "
+                    "it is none; keep it in a parameter group, or in an object of its own that is tracked"
+                )
         return {
             "state": {names[index]: kept for index, kept in state["state"].items()},
             "param_groups": [
@@ -297,14 +306,21 @@ def _order(value: object) -> int:
     return 0 if isinstance(value, nn.Module) else 1 if isinstance(value, Optimizer) else 2
 
 
+def _is_extra(key: str) -> bool:
+    """Whether it is of a module's `get_extra_state`, which may have any shape, and another one each time."""
+    return "_extra_state" in key.split(".")
+
+
 def _module_differences(name: str, module: nn.Module, manifest: Manifest) -> Iterator[Difference]:
     saved = {
-        key: (tuple(item.shape), item.dtype) for key, item in manifest.tensors.items() if key.startswith(f"{name}.")
+        key: (tuple(item.shape), item.dtype)
+        for key, item in manifest.tensors.items()
+        if key.startswith(f"{name}.") and not _is_extra(key)
     }
     live = {
         f"{name}.{key}": (tuple(leaf.shape), dtype_name(leaf.dtype))
         for key, (_, leaf) in flatten(module.state_dict()).items()
-        if isinstance(leaf, torch.Tensor)
+        if isinstance(leaf, torch.Tensor) and not _is_extra(key)
     }
     for key in sorted(saved.keys() | live.keys()):
         before, now = saved.get(key), live.get(key)

@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -82,14 +83,17 @@ def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:
     """What a folder remembers: these options, if it is new."""
     storage.prepare()
     try:
-        storage.create(CONFIG, json.dumps(options, indent=1).encode())
-        return options
-    except FileExistsError:
-        try:
-            found: dict[str, Any] = json.loads(storage.read(CONFIG))
-        except ValueError as error:
-            raise ConfigError(f"{storage.root}/{CONFIG} can't be read ({error}); bring it back or delete it") from error
-        return found
+        data = storage.read(CONFIG)  # first, as the disk may have become full since
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            storage.create(CONFIG, json.dumps(options, indent=1).encode())
+            return options
+        data = storage.read(CONFIG)
+    try:
+        found: dict[str, Any] = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{storage.root}/{CONFIG} can't be read ({error}); bring it back or delete it") from error
+    return found
 
 
 def _see(storage: Storage, run: str) -> None:
