@@ -11,6 +11,9 @@ from dtrain.training.random import derive
 
 Ids = npt.NDArray[np.int64]
 
+_AT_ONCE = 512
+"""So many positions are worked out together, as a few take as long as many: those of the next steps as well."""
+
 
 class Order:
     """The samples of all epochs as one endless sequence: epoch after epoch, each in an order of its own.
@@ -23,10 +26,17 @@ class Order:
         self.length = length
         self._seed = seed
         self._shuffle = shuffle
+        self._known_from = 0
+        self._known: Ids = np.zeros(0, dtype=np.int64)
 
     def ids(self, first: int, end: int) -> Ids:
         """The samples at these positions of the sequence. What it takes doesn't depend on where they are, or on the
         length of the data set."""
+        if not self._known_from <= first <= end <= self._known_from + len(self._known):
+            self._known_from, self._known = first, self._ids(first, max(end, first + _AT_ONCE))
+        return self._known[first - self._known_from : end - self._known_from].copy()
+
+    def _ids(self, first: int, end: int) -> Ids:
         positions = np.arange(first, end)
         ids = positions % self.length
         if self._shuffle and len(ids):
