@@ -228,7 +228,7 @@ class Config:
             local = self.local_dir or _STATE / "/".join(part for part in self.dir.split("/") if part).replace(":", "")
             object.__setattr__(self, "local_dir", str(Path(local).expanduser().absolute()))
         else:
-            if self.local_dir:
+            if self.local_dir and str(self.local_dir) != str(Path(self.dir).expanduser().absolute()):
                 raise ConfigError(f"local_dir={self.local_dir!r} is for a dir that is a URL; leave it out")
             if self.local_save_every is not None:
                 raise ConfigError(
@@ -240,6 +240,8 @@ class Config:
             storage_at(self.dir)
             object.__setattr__(self, "dir", str(Path(self.dir).expanduser().absolute()))
             object.__setattr__(self, "local_dir", self.dir)
+        if self.notice_file:
+            object.__setattr__(self, "notice_file", str(Path(self.notice_file).expanduser().absolute()))
         self.storage()  # an option that can't be right is found here
         for name in ("global_batch", "micro_batch", "keep_last", "max_stalled", "max_failures_per_hour"):
             value, least = getattr(self, name), 2 if name == "keep_last" else 1

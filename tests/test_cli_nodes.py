@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from dtrain.cli.nodes import Nodes, agent
 from tests.jobs import ROOT
 from tests.saving import commits
@@ -97,6 +99,22 @@ def test_a_script_is_needed(tmp_path: Path) -> None:
     found = subprocess.run([*DTRAIN, "nodes"], env=ENV, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "there is no script to run: dtrain nodes -- train.py" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--count", "0"), "count=0, nproc=1: give 1 or more, and at most 253 nodes"),
+        (("--count", "254"), "count=254, nproc=1: give 1 or more, and at most 253 nodes"),
+        (("--nodes", "4:4"), "nodes='4:4': 3 nodes are made, and can't be as many as are needed"),
+    ],
+)
+def test_numbers_of_nodes_that_can_not_be_are_refused(options: tuple[str, ...], message: str) -> None:
+    found = subprocess.run(
+        [*DTRAIN, "nodes", *options, "--", "train.py"], env=ENV, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2
+    assert message in " ".join(found.stderr.split())
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:

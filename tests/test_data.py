@@ -76,6 +76,34 @@ def test_the_random_numbers_of_a_sample_do_not_depend_on_the_others_of_its_micro
     assert b"".join(noise for _, noise in small) == b"".join(noise for _, noise in large)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_that_is_looked_into_first_has_its_samples_all_the_same(tmp_path: Path, workers: int) -> None:
+    def work(rank: int) -> list[list[int]]:
+        found = []
+        with opened(tmp_path, global_batch=4, micro_batch=2) as run:
+            model = run.parallelize(nn.Linear(1, 1))
+            data = run.data(torch.arange(40), workers=workers, shuffle=False)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(3):
+                if step.number == 2:
+                    next(iter(step.micro_batches(data)))
+                    step._open = False
+                for batch in step.micro_batches(data):
+                    found.append(batch.tolist())
+                    step.backward(model(batch.float().unsqueeze(1)).sum(), count=2)
+                step.update(optimizer)
+            run.save(metrics={"test/loss": 1.0})  # behind the loop
+        return found
+
+    assert in_world(1, work) == [[[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]]
+
+
+def test_an_iterable_data_set_has_no_epochs_to_save_by(tmp_path: Path) -> None:
+    (error,) = errors(1, lambda rank: streamed(tmp_path, 2, rank, save_every="1 epoch"))
+    assert "save_every='1 epoch': an iterable data set has no epochs; give steps, or a time" in str(error)
+
+
 def test_workers_ignore_the_signals_of_a_shutdown_and_die_with_their_trainer(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         with opened(tmp_path) as run:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtrain
 from dtrain.errors import ConfigError, UsageError
@@ -254,6 +254,15 @@ def test_misuse_is_named(tmp_path: Path) -> None:
 
     (error,) = errors(1, no_pair)
     assert "no pair of inputs and targets; say what metrics are given by outputs=" in str(error)
+
+    def loader(rank: int) -> None:
+        with opened(tmp_path / "loader") as run:
+            model = run.parallelize(nn.Linear(FEATURES, CLASSES))
+            run.evaluate(model, DataLoader(samples(9, 2)), {"loss": dtrain.Mean(F.cross_entropy)})  # type: ignore[arg-type]
+
+    (error,) = errors(1, loader)
+    assert "val: a DataLoader is no map-style data set" in str(error)
+    assert "give the data set itself, and not a loader of it" in str(error)
 
     def bad_shape(rank: int) -> None:
         with opened(tmp_path / "shape") as run:

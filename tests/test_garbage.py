@@ -287,6 +287,7 @@ def test_a_metric_that_is_gone_by_has_to_be_measured_and_an_average_tracked(tmp_
             held_out = [(torch.ones(4), torch.ones(1))] * 4
             run.evaluate(model, held_out, {"loss": dtrain.Mean(torch.nn.functional.mse_loss)}, average=ema)
 
+    in_world(1, lambda rank: work("valid/loss", True))
     (error,) = errors(1, lambda rank: work("val/los", True))
     assert "evaluate(name='val') measures val/loss, and keep_best goes by 'val/los'" in str(error)
     (error,) = errors(1, lambda rank: work("val/loss", False))

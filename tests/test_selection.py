@@ -157,6 +157,16 @@ def test_a_run_is_over_at_the_step_that_follows_from_its_measurements(
         assert bool(selection.ended) == (step == end), selection.ended
 
 
+def test_a_measurement_that_is_saved_as_well_counts_once() -> None:
+    selection = Selection(None, dtrain.EarlyStop("m", patience=2))
+    for step, value in enumerate((1.0, 2.0), 1):
+        for _ in range(2):
+            selection.learn(step, {"m": value})
+    assert selection.ended == ""
+    selection.learn(3, {"m": 2.0})
+    assert selection.ended == "m was 1 at its best, and has not been better in 2 measurements since"
+
+
 def test_bad_criteria_are_named() -> None:
     for make, message in (
         (lambda: dtrain.Best("val/f1", mode="most"), "Best(mode='most') must be 'min' or 'max'"),  # type: ignore[arg-type]

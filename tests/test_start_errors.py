@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import traceback
@@ -46,6 +47,13 @@ def test_an_option_that_can_not_be_right_is_named_with_its_value(
     with pytest.raises(ConfigError) as found:
         dtrain.Config(**(options | dict([option])))  # type: ignore[arg-type]
     assert str(found.value).startswith(message)
+
+
+def test_a_config_can_be_made_of_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = dtrain.Config(dir=str(tmp_path), global_batch=8, micro_batch=4, notice_file="~/notice")
+    other = dataclasses.replace(config, seed=3)
+    assert (other.seed, other.local_dir, other.notice_file) == (3, str(tmp_path), str(tmp_path / "notice"))
 
 
 def test_a_launch_of_something_else_is_refused(tmp_path: Path) -> None:

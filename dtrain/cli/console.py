@@ -15,7 +15,7 @@ from queue import Empty, Queue
 
 from tyro.conf import Positional
 
-from dtrain.cli.nodes import Nodes, agent
+from dtrain.cli.nodes import MOST_NODES, Nodes, agent
 from dtrain.errors import ConfigError
 
 _COMMANDS = "kill, start, cut, delay, heal, freeze, thaw"
@@ -47,6 +47,10 @@ class OnNodes:
         least, _, most = (self.nodes or f"{max(1, self.count - 1)}:{self.count}").partition(":")
         if not least.isdigit() or not (most or least).isdigit():
             raise ConfigError(f"nodes={self.nodes!r}: give how many nodes the training needs and takes, such as 2:3")
+        if not 1 <= self.count <= MOST_NODES or self.nproc < 1:
+            raise ConfigError(f"count={self.count}, nproc={self.nproc}: give 1 or more, and at most {MOST_NODES} nodes")
+        if not 1 <= int(least) <= int(most or least) or int(least) > self.count:
+            raise ConfigError(f"nodes={self.nodes!r}: {self.count} nodes are made, and can't be as many as are needed")
         if not self.script:
             raise ConfigError("there is no script to run: dtrain nodes -- train.py")
         with Nodes(self.count) as nodes:

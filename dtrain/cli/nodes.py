@@ -28,6 +28,8 @@ from dtrain.elastic.process import die_with
 from dtrain.errors import ConfigError
 
 _NET = "10.77.0"
+MOST_NODES = 253
+"""Of one network: the address behind theirs is the switch's."""
 _SWITCH = 254
 _PREFIX = "dtrain-node"
 _BRIDGE_ADDRESS = "02:00:00:00:00:fe"

@@ -83,6 +83,8 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
+        if self._file.closed:  # behind the loop, where a run may still be saved
+            return
         with contextlib.suppress(OSError):  # what doesn't fit stays in memory for the next time
             self._file.flush()
         self._flushed = time.monotonic()

@@ -50,7 +50,8 @@ class Loader:
         return (step, micro_batches) == (self._next, self._micro_batches)
 
     def take(self, step: int) -> Iterator[Any]:
-        """The batches of one step."""
+        """The batches of one step. Whoever doesn't take all of them can't go on with the next ones."""
+        self._next = -1
         for _ in self._micro_batches:
             yield next(self._batches)
         self._next = step + 1

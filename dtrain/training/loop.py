@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from dtrain.checkpoint.manager import Manager
 from dtrain.checkpoint.schedule import Action
 from dtrain.checkpoint.state import State, bare
-from dtrain.config import Config
+from dtrain.config import Config, Interval
 from dtrain.elastic.generation import run_name
 from dtrain.elastic.page import STOPPED, Phase
 from dtrain.elastic.supervisor import Life
@@ -102,6 +102,10 @@ class Loop:
             name_changed_buffers(modules, lambda part: self._events.warn(f"reduction='exact': {part}"))
         if self._config.guards.verify_restore and not self._sources.can_rewind:
             raise UsageError("verify_restore=True: an iterable data set can't give the samples of a step a second time")
+        for option in ("save_every", "local_save_every"):
+            every = getattr(self._config, option)
+            if every is not None and Interval.parse(every, option).unit == "epochs" and not self._sources.map_style:
+                raise UsageError(f"{option}={every!r}: an iterable data set has no epochs; give steps, or a time")
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
@@ -296,6 +300,7 @@ class Loop:
             self._events.emit("caught_up", step=step.number, generation=self._generation)
         if self._record is not None:
             self._record.finished(step, self._manager.committed)
+            self._record.compare(step.number, self._saves.selection)
 
     def _restore(self) -> bool:
         """:returns: whether there was anything."""

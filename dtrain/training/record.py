@@ -31,6 +31,7 @@ class Record:
         self._metrics = Metrics(config.local_dir)
         self._progress = Progress(done, total, config.unit, committed)
         self._stragglers = Stragglers(shares)
+        self._said: set[str] = set()
 
     def finished(self, step: Step, committed: int) -> None:
         """A step was. :param committed: the step of the newest checkpoint."""
@@ -39,6 +40,19 @@ class Record:
         self._metrics.write(step.number, ({"skipped": True} if step.skipped else {"loss": loss}) | step.values)
         self._progress.committed(committed)
         self._progress.step(step.number, loss, step.totals.count)
+
+    def compare(self, step: int, selection: Selection) -> None:
+        """Say, once, if what models are chosen by is not among what was measured after a step."""
+        if selection.measured_at != step:
+            return
+        for option in ("keep_best", "early_stop"):
+            criterion = getattr(self._config, option)
+            if criterion and criterion.metric not in selection.measured and option not in self._said:
+                self._said.add(option)
+                self._events.warn(
+                    f"step {step} has measured {', '.join(selection.measured)}, and {option} goes by "
+                    f"{criterion.metric!r}, which is not among them"
+                )
 
     def name_stragglers(self, own_s: Sequence[float], step_s: float) -> None:
         """Say which ranks hold up the others. See `Stragglers.stepped`."""

@@ -40,9 +40,11 @@ class Selection:
         """Take in what was measured after a step. :returns: whether that is one of the best models now."""
         if step != self.measured_at:
             self.measured, self.measured_at = {}, step
+        stop = self._stop
+        # One measurement of a step counts, though it may be saved as well.
+        if stop is not None and stop.metric in metrics and stop.metric not in self.measured and not self.ended:
+            self.ended = self._judge(stop, metrics[stop.metric])
         self.measured |= metrics
-        if self._stop is not None and self._stop.metric in metrics and not self.ended:
-            self.ended = self._judge(self._stop, metrics[self._stop.metric])
         return self.rank(step, metrics)
 
     def rank(self, step: int, metrics: Mapping[str, float]) -> bool:

@@ -46,7 +46,15 @@ class Sources:
         return data
 
     def held_out(self, name: str, dataset: Dataset, collate: Collate) -> MapData:
-        """A data set that isn't trained on."""
+        """A data set that isn't trained on.
+
+        :raises DataError: it has no length, or no samples by number.
+        """
+        if not is_map_style(dataset):
+            raise DataError(
+                f"{name}: a {type(dataset).__qualname__} is no map-style data set (with __len__ and __getitem__); give "
+                "the data set itself, and not a loader of it"
+            )
         return MapData(dataset, self._config, self._device, name, collate, for_training=False)
 
     def once(self, data: MapData) -> Iterator[Any]:

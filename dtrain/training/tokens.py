@@ -87,22 +87,23 @@ def _copied(url: str, cache: Path) -> Path:
     """The file on this machine; ranks that come at the same time wait for the one that copies."""
     import fsspec
 
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
-    with Path(f"{target}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            half = Path(f"{target}.half")
-            try:
-                with fsspec.open(url, "rb") as source, half.open("wb") as out, bytes_bar(source.size, url) as bar:
-                    while part := source.read(16 << 20):
-                        out.write(part)
-                        bar.update(len(part))
-                    out.flush()
-                    os.fsync(out.fileno())
-                    if source.size is not None and out.tell() != source.size:
-                        raise OSError(f"{out.tell()} bytes came of {source.size}")
-            except (OSError, ImportError, ValueError) as error:
-                raise DataError(f"{url} could not be copied to {half}: {type(error).__name__}: {error}") from error
+    target = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2][-100:]}"
+    half = Path(f"{target}.half")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with Path(f"{target}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return target
+            with fsspec.open(url, "rb") as source, half.open("wb") as out, bytes_bar(source.size, url) as bar:
+                while part := source.read(16 << 20):
+                    out.write(part)
+                    bar.update(len(part))
+                out.flush()
+                os.fsync(out.fileno())
+                if source.size is not None and out.tell() != source.size:
+                    raise OSError(f"{out.tell()} bytes came of {source.size}")
             half.rename(target)
+    except Exception as error:  # not every client's errors are an OSError
+        raise DataError(f"{url} could not be copied to {half}: {type(error).__name__}: {error}") from error
     return target

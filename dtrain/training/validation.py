@@ -71,8 +71,9 @@ class Validation:
         collate: Collate,
     ) -> dict[str, Any]:
         """See `Run.evaluate`."""
+        data = self._sources.held_out(name, dataset, collate)
         self._check(name, dataset)
-        batches = self._sources.in_turns(self._sources.held_out(name, dataset, collate))
+        batches = self._sources.in_turns(data)
 
         def computed(model: nn.Module, batch: Any) -> tuple[Any, ...]:
             with self._precision.autocast():  # not for the metrics
