@@ -316,6 +316,11 @@ class Config:
         """The length of the list of micro-batches that makes a step."""
         return self.global_batch // self.micro_batch
 
+    def criteria(self) -> dict[str, Best | EarlyStop]:
+        """What models are chosen by, by the option that says so."""
+        chosen: dict[str, Best | EarlyStop | None] = {"keep_best": self.keep_best, "early_stop": self.early_stop}
+        return {option: criterion for option, criterion in chosen.items() if criterion is not None}
+
     def storage(self) -> Storage:
         """Of the run folder; nothing is opened yet."""
         return storage_at(self.dir, self.storage_options, unsafe_commit=self.unsafe_commit)

@@ -45,9 +45,8 @@ class Record:
         """Say, once, if what models are chosen by is not among what was measured after a step."""
         if selection.measured_at != step:
             return
-        for option in ("keep_best", "early_stop"):
-            criterion = getattr(self._config, option)
-            if criterion and criterion.metric not in selection.measured and option not in self._said:
+        for option, criterion in self._config.criteria().items():
+            if criterion.metric not in selection.measured and option not in self._said:
                 self._said.add(option)
                 self._events.warn(
                     f"step {step} has measured {', '.join(selection.measured)}, and {option} goes by "

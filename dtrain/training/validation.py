@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.config import Config
-from dtrain.criteria import Best, EarlyStop
 from dtrain.errors import UsageError
 from dtrain.observe.events import Events
 from dtrain.training.data import Collate, Dataset, digest_of
@@ -81,7 +80,7 @@ class Validation:
 
         found = measure(model, self._marked(batches), metrics, computed)
         values = {f"{name}/{key}": value for key, value in found.items()}
-        for option, criterion in self._criteria():
+        for option, criterion in self._config.criteria().items():
             if criterion.metric.startswith(f"{name}/") and not isinstance(values.get(criterion.metric), float):
                 numbers = ", ".join(key for key, value in values.items() if isinstance(value, float))
                 raise UsageError(
@@ -90,17 +89,11 @@ class Validation:
                 )
         return values
 
-    def _criteria(self) -> Iterator[tuple[str, Best | EarlyStop]]:
-        """What models are chosen by, and the option that says so."""
-        for option in ("keep_best", "early_stop"):
-            if criterion := getattr(self._config, option):
-                yield option, criterion
-
     def _check(self, name: str, dataset: Dataset) -> None:
         """:raises UsageError: a model would be chosen by the data that it is trained on."""
         training = self._sources.map_style
         trained_on = any(data.samples.dataset is dataset for data in training)
-        for _, criterion in self._criteria():
+        for criterion in self._config.criteria().values():
             if trained_on and criterion.metric.startswith(f"{name}/") and not criterion.on_training:
                 raise UsageError(
                     f"evaluate(name={name!r}): this data set is trained on as well, and {criterion} goes by it; hold "
