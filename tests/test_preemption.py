@@ -147,9 +147,11 @@ def test_processes_that_main_starts_end_as_they_like_without_ending_the_run(tmp_
 
 WITH_A_POOL = """
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 import torch
 from torch import nn
 import dtrain
@@ -161,6 +163,13 @@ def main(run):
     run.track(model=model, optimizer=optimizer)
     with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends its workers by SIGTERM
         assert pool.map(signal.getsignal, [signal.SIGTERM]) == [signal.SIG_DFL]
+    for _ in range(200):  # processes that are told to end before they have run a line
+        child = os.fork()
+        if not child:
+            time.sleep(1)
+            os._exit(1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     # A program of its own, which has the environment from this one, and an error that nobody catches.
     program = "import dtrain; dtrain.Config(dir='x', global_batch=3, micro_batch=2)"
     failed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -104,6 +104,24 @@ def held() -> Iterator[set[int]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def held_through_fork(in_child: Callable[[], None]) -> None:
+    """From here on, `in_child` runs in each process that is forked from this one by whomever, before a signal that asks
+    for the end can reach it. Without that, Python drops one that is there first, or runs this process's handler."""
+    before = threading.local()  # several threads may fork
+
+    def hold() -> None:
+        before.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before.mask)
+
+    def begin() -> None:
+        in_child()
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=begin)
+
+
 def _child(work: Callable[[], int], name: str, parent: int, mask: set[int], *, apart: bool, outlives: bool) -> NoReturn:
     """The rest of a new process's life. :param mask: see `held`."""
     code = 1

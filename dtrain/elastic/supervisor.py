@@ -45,7 +45,7 @@ from dtrain.elastic.helpers import Heart, SaverProcess, Watcher
 from dtrain.elastic.keeper import Keeper
 from dtrain.elastic.page import STOPPED, Page
 from dtrain.elastic.placement import Placement
-from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork
+from dtrain.elastic.process import ENDING, Child, check_can_fork, die_with, fork, held_through_fork
 from dtrain.elastic.signals import Signals
 from dtrain.elastic.verdict import Judge
 from dtrain.elastic.watchdog import TICK_S, Report, Watchdog
@@ -187,7 +187,7 @@ class Supervisor:
 
         for number in self._ending:
             signal.signal(number, pass_on)
-        os.register_at_fork(after_in_child=mean_it)
+        held_through_fork(mean_it)
         dog.in_the_trainer()
         try:
             self._work(life)
