@@ -11,7 +11,11 @@ import os
 STARTED = os.getpid(), os.getppid()
 """This process and its parent, before the import has taken its time: the parent may be dead by its end."""
 
-FIRST = "RANK" in os.environ and os.environ.setdefault("DTRAIN_FIRST", str(STARTED[0])) == str(STARTED[0])
+_WORKER = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # torchrun gives one to each process that it starts
+_before, _, _ = os.environ.get("DTRAIN_FIRST", "none:").rpartition(":")
+if "RANK" in os.environ and _before != _WORKER:
+    os.environ["DTRAIN_FIRST"] = f"{_WORKER}:{STARTED[0]}"
+FIRST = os.environ.get("DTRAIN_FIRST") == f"{_WORKER}:{STARTED[0]}"
 """Whether this is the process that torchrun has started for a rank, and not a program that such a one has started and
 that has its environment from it."""
 

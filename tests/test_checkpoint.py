@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from dtrain.checkpoint.channel import Remote
+from dtrain.checkpoint.loading import load
 from dtrain.checkpoint.slots import Slots
 from dtrain.checkpoint.state import State
 from dtrain.errors import StateError, UsageError
@@ -240,6 +241,27 @@ def test_a_modules_version_and_extra_state_come_back(tmp_path: Path, before: dic
         restore(tmp_path, model=nn.Sequential(other))
         assert bits(other.weight) == bits(one.weight), "the weight was taken for one of version 1"
         assert list(differences(one.extra, other.extra)) == []
+
+    alone(work)
+
+
+@pytest.mark.parametrize("had", [True, False])
+def test_extra_state_that_only_the_checkpoint_or_only_the_model_has_is_named(tmp_path: Path, had: bool) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3))
+
+    before, now = (Versioned(), Plain()) if had else (Plain(), Versioned())
+    allow: dict[str, Any] = {"allow_unexpected" if had else "allow_missing": "*_extra_state"}
+
+    def work() -> None:
+        save(tmp_path, model=nn.Sequential(before))
+        with pytest.raises(StateError, match=rf"model\.0\._extra_state: {'in' if had else 'not in'} the checkpoint"):
+            restore(tmp_path, model=nn.Sequential(now))
+        assert bits(now.weight) != bits(before.weight)
+        load(tmp_path, {"model": nn.Sequential(now)}, **allow)
+        assert bits(now.weight) == bits(before.weight)
 
     alone(work)
 

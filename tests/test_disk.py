@@ -128,7 +128,7 @@ def test_a_folder_that_can_only_be_read_is_refused_with_a_remedy(disk: Path) -> 
     with pytest.raises(ConfigError) as found:
         LocalStorage(str(disk / "run")).prepare()
     assert str(found.value) == (
-        f"dir='{disk}/run' can't be written to (Read-only file system); choose another folder or mend its permissions"
+        f"{disk}/run can't be written to (Read-only file system); choose another folder or mend its permissions"
     )
     stopped = run(disk / "run")
     assert stopped.code == 1
@@ -149,7 +149,7 @@ def test_a_user_without_the_permission_to_write_is_refused_with_a_remedy(tmp_pat
         pytest.skip("only root can become a user without permissions")
     (message,) = in_world(1, work)
     assert message == (
-        f"dir='{tmp_path}/run' can't be written to (Permission denied); choose another folder or mend its permissions"
+        f"{tmp_path}/run can't be written to (Permission denied); choose another folder or mend its permissions"
     )
 
 

@@ -79,7 +79,8 @@ def test_all_of_them_start_nodes_by_the_same_script_with_its_settings() -> None:
     same = runtime["spec"]["template"]["spec"]
     assert same["network"] == jobset["spec"]["network"]
     ours, theirs = (spec["replicatedJobs"][1]["template"]["spec"] for spec in (jobset["spec"], same))
-    assert ours["podFailurePolicy"] == theirs["podFailurePolicy"]
+    for policy in ("podFailurePolicy", "successPolicy", "backoffLimit"):
+        assert ours[policy] == theirs[policy]
     grace = ours["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace == theirs["template"]["spec"]["terminationGracePeriodSeconds"]
     assert grace > Config(dir="x", global_batch=1, micro_batch=1).grace_s + 10, "the end itself takes some seconds"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint.catalog import Catalog
+from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.policy import Keep
 from dtrain.elastic.process import Child, fork
@@ -300,6 +300,26 @@ def test_a_claim_that_a_listing_has_left_out_fences_all_the_same(
             with pytest.raises(Fenced, match="epoch 2 took over"):
                 leftover.append(entry(leftover))
     assert Log(storage).refresh()[-1] == committed
+
+
+def test_a_commit_that_a_listing_has_left_out_is_kept_by_who_claims_after_it(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = Catalog(storage, Keep(last=2), Events(storage.root))
+    catalog.claim()
+    attempt = catalog.new_attempt(1)
+    with storage.open_new(f"{CHECKPOINTS}/{attempt}/file") as sink:
+        sink.write(b"bytes")
+    catalog.commit(attempt, step=1, manifest="", bytes=5, world_size=1)
+    (kept,) = catalog.log.commits()
+    catalog.log.append(entry(catalog.log))
+    listed = storage.names
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "names", lambda *a, **k: [n for n in listed(*a, **k) if n != f"{kept.number:08d}.json"])
+        other = Catalog(storage, Keep(last=2), Events(storage.root))
+        other.claim()
+    assert kept in other.log.commits()
+    assert storage.names(f"{CHECKPOINTS}/{attempt}") == ["file"]
 
 
 def test_what_can_not_be_cleared_away_does_not_hold_up_a_claim(

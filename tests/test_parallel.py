@@ -22,7 +22,7 @@ from dtrain.errors import UsageError
 from dtrain.training.prepare import blocks_of
 from tests.layers import SAMPLES, Block, Curve, Net, curve, samples
 from tests.training import opened
-from tests.world import in_world
+from tests.world import errors, in_world
 
 STEPS = 20
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 3e-2)}
@@ -175,6 +175,47 @@ def test_sharded_layers_that_take_turns_get_the_gradients_of_one_process(tmp_pat
     for found in in_world(2, partial(work, kind="fsdp")):
         for name, whole in alone.items():
             assert torch.allclose(found[name], whole, atol=1e-6), name
+
+
+class Heads(nn.Module):
+    """Two heads of one size, each a unit of its own under FSDP. The loss takes one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 7)
+        self.heads = nn.ModuleList([nn.Linear(7, 5), nn.Linear(7, 5)])
+
+    def forward(self, x: torch.Tensor, head: int, *, both: bool) -> torch.Tensor:
+        x = self.first(x)
+        out = {number: one(x) for number, one in enumerate(self.heads) if both or number == head}
+        chosen: torch.Tensor = out[head]
+        return chosen
+
+
+@pytest.mark.parametrize(("both", "of_each_rank"), [(True, False), (False, False), (False, True)])
+def test_a_sharded_block_that_a_loss_does_not_depend_on_is_refused(
+    tmp_path: Path, both: bool, of_each_rank: bool
+) -> None:
+    """Whether each rank takes a head of its own, or all take one first and then the other: whatever happened before."""
+
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="fsdp") as run:
+            model = run.parallelize(Heads())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            with torch.no_grad():  # both heads were gathered once
+                model(torch.ones(1, 7), 0, both=True)
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    out = model(x, rank if of_each_rank else step._index % 2, both=both)
+                    step.backward(nn.functional.cross_entropy(out, y, reduction="sum"), count=len(y))
+                step.update(optimizer)
+
+    found = errors(2, work)
+    missed = (1, 0) if of_each_rank else (0, 0)  # the last of a rank's two micro-batches takes head 1
+    for head, error in zip(missed, found, strict=True):
+        assert f"the backward pass didn't come to heads.{head}, and under FSDP" in str(error)
 
 
 def test_a_model_on_the_meta_device_gets_the_same_values_in_every_layout(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.schedule import Action, Schedule
 from dtrain.config import Config, Interval
 from dtrain.errors import ConfigError, NoGoodCheckpoint
@@ -233,6 +233,50 @@ def test_a_local_disk_that_is_full_at_a_restart_is_no_hindrance(tmp_path: Path, 
     warned = [line["message"] for line in read_lines(local / EVENTS) if line["event"] == "warning"]
     assert f"{local} can't be claimed: [Errno 28] No space left on device" in warned
     assert f"step 8 could not be saved in {local}: it can't be claimed" in warned
+
+
+def test_a_local_disk_that_can_only_be_read_at_a_restart_is_no_hindrance(tmp_path: Path, s3: Server) -> None:
+    root, local = folders(tmp_path)
+
+    def again() -> dict[str, torch.Tensor]:
+        def failing(self: LocalStorage, *_: Any, **__: Any) -> Any:
+            raise OSError(30, "Read-only file system")
+
+        with (
+            mock.patch.object(LocalStorage, "create", failing),
+            mock.patch.object(LocalStorage, "open_new", failing),
+            mock.patch.object(LocalStorage, "prepare", refuse),
+        ):
+            return trained(root, local, 12)
+
+    def refuse(self: LocalStorage) -> None:
+        raise ConfigError(f"{self.root} can't be written to (Read-only file system)")
+
+    alone(lambda: trained(root, local, 4, save_every=3))
+    damage(local, 4)  # which can't be written down
+    assert same(alone(again), alone(lambda: train(tmp_path / "calm", 12)))
+    assert (restored(local)[-1], steps_of(root)[-1]) == ((4, "storage"), 12)
+    warned = [line["message"] for line in read_lines(local / EVENTS) if line["event"] == "warning"]
+    assert f"{local} can't be claimed: [Errno 30] Read-only file system" in warned
+
+
+def test_a_local_disk_that_can_not_be_read_at_a_restart_is_no_hindrance(tmp_path: Path, s3: Server) -> None:
+    root, local = folders(tmp_path)
+
+    def again() -> dict[str, torch.Tensor]:
+        names = LocalStorage.names
+
+        def failing(self: LocalStorage, folder: str, after: str = "") -> list[str]:
+            if folder == FOLDER:
+                raise OSError(5, "Input/output error")
+            return names(self, folder, after)
+
+        with mock.patch.object(LocalStorage, "names", failing):
+            return trained(root, local, 12)
+
+    alone(lambda: trained(root, local, 6))
+    assert same(alone(again), alone(lambda: train(tmp_path / "calm", 12)))
+    assert (restored(local)[-1], steps_of(root)[-1]) == ((6, "storage"), 12)
 
 
 def test_all_ranks_have_to_see_the_folder(tmp_path: Path, s3: Server) -> None:

@@ -108,6 +108,18 @@ def test_a_scaler_that_is_switched_off_is_none(tmp_path: Path) -> None:
     assert isinstance(error, Garbage), "a gradient that isn't finite is looked for all the same"
 
 
+def test_fp16_with_a_scaler_that_is_switched_off_is_refused(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, precision="fp16") as run:
+            model = run.parallelize(nn.Linear(FEATURES, 1))
+            run.track(model=model, scaler=GradScaler("cpu", enabled=False))
+            run.data(samples())
+            with pytest.raises(UsageError, match=r"track\(scaler=\.\.\.\): this GradScaler is switched off"):
+                next(iter(run.steps(2)))
+
+    in_world(1, work)
+
+
 def test_an_overflow_that_one_rank_of_a_tensor_sees_is_one_of_all(tmp_path: Path) -> None:
     def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return parallelize_module(model, mesh, {"wide": ColwiseParallel(), "narrow": RowwiseParallel()})

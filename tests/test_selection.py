@@ -17,9 +17,12 @@ from torch import nn
 import dtrain
 from dtrain.checkpoint import load
 from dtrain.errors import ConfigError
+from dtrain.observe.events import EVENTS, read_lines
 from dtrain.training.selection import Selection
 from tests.choices import KILLS, Chosen, command, killed, undisturbed
 from tests.jobs import ROOT, Job
+from tests.training import train
+from tests.world import alone
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +188,15 @@ def test_bad_criteria_are_named() -> None:
 
 def config(**options: Any) -> dtrain.Config:
     return dtrain.Config(dir="x", global_batch=1, micro_batch=1, **options)
+
+
+@pytest.mark.parametrize(("given", "said"), [("score", 0), ("scores", 1)])
+def test_what_comes_with_a_save_is_among_what_a_step_has_measured(tmp_path: Path, given: str, said: int) -> None:
+    def seen(run: dtrain.Run, step: dtrain.Step) -> None:
+        run._loop.learn({"val/loss": 1.0})  # as an evaluation does
+        run.save(metrics={given: 2.0})
+
+    alone(lambda: train(tmp_path, 2, seen=seen, early_stop=dtrain.EarlyStop("score", patience=9)))
+    warned = [line["message"] for line in read_lines(tmp_path / EVENTS) if line["event"] == "warning"]
+    expected = "step 1 has measured val/loss, scores, and early_stop goes by 'score', which is not among them"
+    assert warned == [expected] * said

@@ -98,7 +98,7 @@ def test_a_run_folder_of_another_config_is_refused_with_both_values(tmp_path: Pa
 def test_a_path_below_a_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file")
     found = run(tmp_path / "file" / "run")
-    message = f"dir='{tmp_path}/file/run' can't be written to (Not a directory); choose another folder"
+    message = f"{tmp_path}/file/run can't be written to (Not a directory); choose another folder"
     assert_stopped(found.said, found.code, message)
 
 

@@ -269,7 +269,7 @@ class _Worker:
             with damaged_by(place):
                 self._storage.read_into(place, block.start + at, [piece])
             hasher.update(piece)
-        if block.digest and hasher.digest() != block.digest:
+        if hasher.digest() != block.digest:
             raise _damaged(place, block)
 
     def _memory_for(self, read: _Read) -> torch.Tensor:
@@ -300,8 +300,8 @@ class _Worker:
 
 
 def _whole(block: _Block) -> memoryview | None:
-    """The memory that all of a block goes to, if there is one."""
-    memory = block.memory
+    """The memory that all of a block goes to, if there is one, and a digest for it, as there is none in memory."""
+    memory = block.memory if block.digest else None
     return memory if memory is not None and memory.nbytes == block.stop - block.start >= _HASH_BYTES else None
 
 

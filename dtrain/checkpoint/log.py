@@ -27,6 +27,8 @@ from dtrain.errors import Damaged, Fenced
 from dtrain.storage.base import Distant, Storage, looks
 
 FOLDER = "log"
+_MOST_LEFT_OUT = 1000
+"""Entries that may have been added while a listing was made. A larger gap is none of that kind."""
 Kind = Literal["claim", "commit", "bad", "retire"]
 
 
@@ -77,6 +79,9 @@ class Log:
         names = self._storage.names(FOLDER, after=f"{self._next - 1:08d}.json" if self._next else "")
         numbers = [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
         numbers = [number for number in numbers if number >= self._next]
+        if numbers and numbers[-1] - self._next < len(numbers) + _MOST_LEFT_OUT:
+            # A listing may leave out a name that came while it was made, and give one behind it.
+            numbers = list(range(self._next, numbers[-1] + 1))
         at_once = self._storage.reads_at_once if isinstance(self._storage, Distant) else 1
         with ThreadPoolExecutor(at_once) as pool:
             found = list(
@@ -145,7 +150,6 @@ class Log:
     def check(self) -> None:
         """:raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read."""
         self.refresh()
-        # Not by claims alone: a listing may leave out a name that came while it was made, and give one behind it.
         newer = [entry for entry in self.entries if entry.epoch > self._epoch]
         if newer or self._last_broken > self._claim:  # which may be a claim
             what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"

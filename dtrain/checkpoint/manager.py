@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -129,10 +129,9 @@ class Manager:
 
     def forget(self) -> None:
         """Let the next restore be from storage, of what is committed or asked for by now. No collective operation."""
-        try:
-            self.wait()
-        finally:
-            self._snapshots.drop()
+        self._snapshots.complete()
+        self._snapshots.drop()  # first, as this process may be ended while it waits, by a rank whose save has failed
+        self._client.wait()
 
     def complete(self) -> None:
         """Wait until the tensors may change again, after a copy that goes on beside the training."""
@@ -166,8 +165,10 @@ class Manager:
 
     def _newest_commits(self, logs: list[Log]) -> tuple[list[int], int]:
         """The step of each place's, and the first epoch of the group that has committed to the run folder last."""
-        for log in logs:
-            log.refresh()
+        logs[0].refresh()
+        for log in logs[1:]:
+            with suppress(OSError):  # the run can do without, and says so when it looks there for a checkpoint
+                log.refresh()
         if logs[0].first_epoch(logs[0].epoch) != logs[0].first_epoch(self.epoch):  # who replaces a saver claims anew
             raise Fenced(
                 f"{self._storages[0].root}: epoch {logs[0].epoch} took over; epoch {self.epoch} is a leftover and stops"
@@ -235,9 +236,7 @@ class Manager:
             expected = (Damaged, OSError) if place else (Damaged,)  # the run can do without a local one
             problem = on_all_ranks(functools.partial(read, self._storages[place], folder, manifest, targets), expected)
             if problem:
-                condemn = functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place)
-                with suppress(OSError) if place else nullcontext():
-                    from_rank_0(condemn)
+                from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place))
                 continue
             position = state.apply(manifest, targets)
             if dist.get_rank() == 0:

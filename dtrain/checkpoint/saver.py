@@ -100,9 +100,15 @@ class Saver:
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         """On rank 0: mark a checkpoint as bad."""
         self.claim()
-        with self._lock:
-            if self._catalogs[place].epoch:
-                self._catalogs[place].condemn(attempt, step, reason)
+        catalog = self._catalogs[place]
+        try:
+            with self._lock:
+                if catalog.epoch:
+                    catalog.condemn(attempt, step, reason)
+        except OSError as error:
+            if place == 0:
+                raise
+            self._events.warn(f"{catalog.storage.root}: step {step} can't be marked as bad: {_text(error)}")
 
     def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float], place: int = 0) -> Outcome:
         """Write one rank's part, and have all of it committed. All ranks' savers must come to it.
@@ -144,10 +150,13 @@ class Saver:
         """
         us = self._rank, self._agreement.world_size
         have = {found.key: found for found in self._slots.whole() if (found.rank, found.world_size) == us}
-        newest = self._agreement.common(have.keys(), timeout_s)
-        if newest is not None and have[newest].step > self._board.committed:
-            self.save(have[newest], _LAST, {})
-            self.tidy()
+        try:
+            newest = self._agreement.common(have.keys(), timeout_s)
+            if newest is not None and have[newest].step > self._board.committed:
+                self.save(have[newest], _LAST, {})
+                self.tidy()
+        except Exception as error:  # the store is gone, say
+            self._events.warn(f"the newest state in memory could not be saved at the end: {_text(error)}")
 
     def interrupted(self, generation: int, number: int) -> Outcome:
         """In the place of a saver that died in a save: call that off. :returns: what came of it, on all ranks."""

@@ -92,11 +92,10 @@ class State:
 
     def targets_for(self, items: Mapping[str, TensorItem]) -> dict[str, torch.Tensor]:
         """A tensor to load into for each of these: a module's own, and new ones for the rest."""
-        live: dict[str, torch.Tensor] = {
+        leaves: dict[str, Any] = {
             f"{name}.{key}": leaf
             for name, module in self.modules().items()
             for key, (_, leaf) in flatten(module.state_dict(keep_vars=True)).items()
-            if not _is_extra(key)
         }
         parameters = {
             f"{name}.state.{parameter_name}": parameter
@@ -106,13 +105,16 @@ class State:
         }
 
         def target(name: str, item: TensorItem) -> torch.Tensor:
-            if name in live:
-                return live[name]
+            leaf: torch.Tensor | None = leaves.get(name)
+            if leaf is not None and not _is_extra(name):
+                return leaf
             parameter = parameters.get(name.rpartition(".")[0])
             # A count of steps is kept on the CPU by every optimizer that doesn't ask for it elsewhere.
             if parameter is not None and item.shape and list(parameter.shape) == item.shape:
                 return torch.empty_like(parameter, dtype=dtype_named(item.dtype), requires_grad=False)
-            return torch.empty(item.shape, dtype=dtype_named(item.dtype))
+            # Extra state may have another form at any time; what is known is where its tensors are used.
+            device = leaf.device if isinstance(leaf, torch.Tensor) else None
+            return torch.empty(item.shape, dtype=dtype_named(item.dtype), device=device)
 
         return {name: target(name, item) for name, item in items.items()}
 
@@ -332,3 +334,13 @@ def _module_differences(name: str, module: nn.Module, manifest: Manifest) -> Ite
             yield Difference(key, "reshaped", f"saved with shape {before[0]}, now {now[0]}")
         elif before[1] != now[1]:
             yield Difference(key, "retyped", f"saved as {before[1]}, now {now[1]}")
+    tree = manifest.tree[name]
+    saved_extra, live_extra = (
+        {f"{name}.{key}" for key in (state if isinstance(state, dict) else ()) if _is_extra(key)}
+        for state in (tree, module.state_dict())
+    )
+    for key in sorted(saved_extra ^ live_extra):
+        if key in live_extra:
+            yield Difference(key, "missing", "not in the checkpoint")
+        else:
+            yield Difference(key, "unexpected", "in the checkpoint only")

@@ -49,7 +49,9 @@ class OnNodes:
             raise ConfigError(f"nodes={self.nodes!r}: give how many nodes the training needs and takes, such as 2:3")
         if not 1 <= self.count <= MOST_NODES or self.nproc < 1:
             raise ConfigError(f"count={self.count}, nproc={self.nproc}: give 1 or more, and at most {MOST_NODES} nodes")
-        if not 1 <= int(least) <= int(most or least) or int(least) > self.count:
+        if not 1 <= int(least) <= int(most or least):
+            raise ConfigError(f"nodes={self.nodes!r}: give MIN:MAX with a MIN of 1 or more, and no more than MAX")
+        if int(least) > self.count:
             raise ConfigError(f"nodes={self.nodes!r}: {self.count} nodes are made, and can't be as many as are needed")
         if not self.script:
             raise ConfigError("there is no script to run: dtrain nodes -- train.py")

@@ -51,12 +51,10 @@ class LocalStorage:
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK) and probe.exists():
                 raise ConfigError(
-                    f"dir={self.root!r} is on a file system without hard links, by which dtrain commits; "
-                    "use another disk"
+                    f"{self.root} is on a file system without hard links, by which dtrain commits; use another disk"
                 ) from error
             raise ConfigError(
-                f"dir={self.root!r} can't be written to ({error.strerror}); choose another folder or mend "
-                "its permissions"
+                f"{self.root} can't be written to ({error.strerror}); choose another folder or mend its permissions"
             ) from error
         finally:
             with contextlib.suppress(OSError):  # it would hide the error above

@@ -14,6 +14,7 @@ from typing import Any
 from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
 from dtrain.config import SAME_BITS, Config
 from dtrain.errors import ConfigError
+from dtrain.observe.events import say
 from dtrain.storage.base import Storage
 
 CONFIG = "config.json"
@@ -29,7 +30,7 @@ def open_folders(config: Config, storages: Sequence[Storage]) -> None:
     :param storages: the run folder, and the local one if checkpoints are made there too.
     :raises ConfigError: one of them can't be written to or belongs to another run, or a rank doesn't reach it.
     """
-    run = from_rank_0(partial(_open, config, storages))
+    run, usable = from_rank_0(partial(_open, config, storages))
     try:
         os.makedirs(config.local_dir, exist_ok=True)
     except OSError as error:
@@ -37,8 +38,9 @@ def open_folders(config: Config, storages: Sequence[Storage]) -> None:
             f"local_dir={config.local_dir!r} can't be made ({error.strerror}), which is for events and metrics; choose "
             "another folder"
         ) from error
-    for number, storage in enumerate(storages):
-        problem = on_all_ranks(partial(_see, storage, run), (OSError, ValueError))
+    for number, storage in enumerate(storages[:usable]):
+        # That nobody answers may pass: another try is worth it.
+        problem = on_all_ranks(partial(_see, storage, run), (ValueError,))
         if problem and number == 0:
             raise ConfigError(
                 f"dir={config.dir!r}: {problem}. All ranks must reach the same folder: put it on a disk that all nodes "
@@ -51,10 +53,11 @@ def open_folders(config: Config, storages: Sequence[Storage]) -> None:
             )
 
 
-def _open(config: Config, storages: Sequence[Storage]) -> str:
-    """On rank 0. :returns: what tells this run from any other."""
+def _open(config: Config, storages: Sequence[Storage]) -> tuple[str, int]:
+    """On rank 0. :returns: what tells this run from any other, and how many of its folders can be used."""
     options = {name: getattr(config, name) for name in SAME_BITS}
-    found = _kept(storages[0], options | {_RUN: uuid.uuid4().hex})
+    new = uuid.uuid4().hex
+    found = _kept(storages[0], options | {_RUN: new})
     before = _NEW | found
     differ = [
         f"{name} was {before[name]!r}, is now {value!r}" for name, value in options.items() if before[name] != value
@@ -71,12 +74,19 @@ def _open(config: Config, storages: Sequence[Storage]) -> str:
                 f"{config.dir} is of a time when runs had no identifier, so a local folder can't be known to be its "
                 "own; leave local_save_every out"
             )
-        if _kept(storage, options | {_RUN: run}).get(_RUN) != run:
+        try:
+            known = _kept(storage, options | {_RUN: run}).get(_RUN)
+        except (ConfigError, OSError) as error:
+            if run == new:
+                raise
+            say(f"local_dir={config.local_dir!r}: {error}. Until that is mended, the run does without")
+            return run, 1
+        if known != run:
             raise ConfigError(
                 f"local_dir={config.local_dir!r} holds the checkpoints of another run than {config.dir}; choose "
                 "another folder, or delete it"
             )
-    return run
+    return run, len(storages)
 
 
 def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ exchanged with those of the last.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,11 @@ class Sharded(Wrapped):
         self.is_spare = False
         self._reductions: list[_Reduce] = []
         self._root = next(part for part in model.modules() if isinstance(part, FSDPModule))
-        for part in model.modules():
+        self._units: dict[str, nn.Module] = {}
+        """By name: what is reduced when the backward pass comes to it. The root's turn is at the end in any case."""
+        self._reached: set[str] = set()
+        part: nn.Module
+        for name, part in model.named_modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what was counted
                 part.set_force_sum_reduction_for_comms(True)
@@ -57,6 +62,9 @@ class Sharded(Wrapped):
                     part.set_custom_reduce_scatter(reduce)  # type: ignore[arg-type]
                     if shards == 1:  # FSDP2 then has nothing to scatter
                         part.set_all_reduce_hook(reduce.alone)
+                elif own and part is not self._root:
+                    self._units[name] = part
+                    part.register_forward_hook(torch.compiler.disable(partial(self._watch, name)))
         model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
         model.register_forward_hook(self._after_forward)
 
@@ -66,6 +74,7 @@ class Sharded(Wrapped):
 
     def begin(self, turn: Turn) -> None:
         self._turn = turn
+        self._reached.clear()
         if turn.first:
             self._drop()
         self._expect(turn.spare if turn.first else self._spare, uneven=turn.uneven)
@@ -80,8 +89,17 @@ class Sharded(Wrapped):
         self._spare, self._uneven, self._forwards = spare, uneven, 0
 
     def check(self) -> None:
-        # Units that this rank's losses didn't reach take no part in the sum, for which the others then wait.
-        if self._turn.last and not self.exact and any(p.grad is None for p in self._trained()):
+        if not self._turn.last or self.exact:
+            return
+        # FSDP2 reduces these at the very end, while other ranks do when they come to them: not the same one at a time.
+        missed = [name for name in self._units if name not in self._reached]
+        if missed:
+            raise UsageError(
+                f"micro-batch {self._turn.index}: the backward pass didn't come to {', '.join(missed)}, and under FSDP "
+                "the ranks add up the gradients of one block after the other; have each rank's last loss of a step "
+                "depend on the output of every block (add 0 * output.sum()), or take parallel='ddp'"
+            )
+        if any(p.grad is None for p in self._trained()):
             raise RuntimeError("FSDP was not reached by the backward pass")
 
     def end(self) -> None:
@@ -111,6 +129,12 @@ class Sharded(Wrapped):
         if not torch.is_grad_enabled():
             self._root.reshard()
 
+    def _watch(self, name: str, module: nn.Module, args: object, out: Any) -> None:
+        if self._turn.last and not self.is_spare and torch.is_grad_enabled():
+            for leaf in pytree.tree_leaves(out):
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                    leaf.register_hook(lambda _: self._reached.add(name))
+
     def _spare_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._root.set_requires_gradient_sync(self.exact)
         self.is_spare = True
@@ -128,7 +152,8 @@ class Sharded(Wrapped):
                 torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
         for part, name, buffer, before in buffers:
             part._buffers[name] = buffer  # another may have been put in its place
-            if not torch.equal(buffer, before):  # not by its version: BatchNorm writes past it
+            # Guards tell by the version whether a step has changed a buffer, and this pass is no part of it.
+            with torch.autograd._unsafe_preserve_version_counter(buffer):
                 buffer.copy_(before)
         self.is_spare = False
         if self.exact:

@@ -91,9 +91,14 @@ class Loop:
         if not isinstance(total, int) or isinstance(total, bool) or total < 1:
             raise UsageError(f"steps({total!r}) must be a number of steps, 1 or more")
         self.started = True
-        tracked = (value for value in self._state.objects.values() if isinstance(value, GradScaler))
-        scaler = next((each for each in tracked if each.is_enabled()), self._precision.scaler)
+        tracked = {name: value for name, value in self._state.objects.items() if isinstance(value, GradScaler)}
+        scaler = next((each for each in tracked.values() if each.is_enabled()), self._precision.scaler)
         if scaler is not None and scaler is self._precision.scaler:
+            if tracked:
+                raise UsageError(
+                    f"track({next(iter(tracked))}=...): this GradScaler is switched off, and precision='fp16' needs "
+                    "one: enable it, or leave it out, and the run has one of its own"
+                )
             self._state.track({"scaler": scaler})
         if self._parallel.exact and dist.get_rank() == 0:
             modules = [model.module for model in self._parallel.models]
@@ -124,6 +129,8 @@ class Loop:
             else:
                 step = yield from self._once(saves.done + 1, scaler)
             self._finish(step)
+            if self._record is not None:
+                self._record.compare(step.number, saves.selection)
             self._same_buffers()
             if self._copies.due(step.number):
                 self._copies.compare(step.number)
@@ -300,7 +307,6 @@ class Loop:
             self._events.emit("caught_up", step=step.number, generation=self._generation)
         if self._record is not None:
             self._record.finished(step, self._manager.committed)
-            self._record.compare(step.number, self._saves.selection)
 
     def _restore(self) -> bool:
         """:returns: whether there was anything."""

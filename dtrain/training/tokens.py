@@ -30,6 +30,7 @@ class Tokens:
     :param dtype: of the numbers: uint16, int32, ...
     :param cache: that folder.
     :raises DataError: the file isn't there, or doesn't hold a single window.
+    :raises OSError: it couldn't be copied for a reason that may pass.
     """
 
     def __init__(self, path: str | Path, context: int, dtype: str = "uint16", *, cache: str | Path = _CACHE) -> None:
@@ -104,6 +105,9 @@ def _copied(url: str, cache: Path) -> Path:
                 if source.size is not None and out.tell() != source.size:
                     raise OSError(f"{out.tell()} bytes came of {source.size}")
             half.rename(target)
-    except Exception as error:  # not every client's errors are an OSError
-        raise DataError(f"{url} could not be copied to {half}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        what = f"{url} could not be copied to {half}: {type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError):
+            raise DataError(what) from error
+        raise OSError(what) from error  # another try may be worth it; not every client's own errors say so
     return target
