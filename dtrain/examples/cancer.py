@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -248,11 +247,7 @@ def start(options: Options) -> None:
 
 
 def cli() -> None:
-    options = tyro.cli(Options, prog="python -m dtrain.examples.cancer")
-    try:
-        start(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    start(tyro.cli(Options, prog="python -m dtrain.examples.cancer"))
 
 
 if __name__ == "__main__":

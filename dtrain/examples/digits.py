@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,11 +173,7 @@ def start(options: Options) -> None:
 
 
 def cli() -> None:
-    options = tyro.cli(Options, prog="python -m dtrain.examples.digits")
-    try:
-        start(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    start(tyro.cli(Options, prog="python -m dtrain.examples.digits"))
 
 
 if __name__ == "__main__":

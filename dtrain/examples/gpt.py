@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,11 +300,7 @@ def start(options: Options) -> None:
 
 
 def cli() -> None:
-    options = tyro.cli(Options, prog="python -m dtrain.examples.gpt")
-    try:
-        start(options)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    start(tyro.cli(Options, prog="python -m dtrain.examples.gpt"))
 
 
 if __name__ == "__main__":
