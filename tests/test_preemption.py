@@ -163,7 +163,7 @@ def main(run):
     run.track(model=model, optimizer=optimizer)
     with multiprocessing.get_context("fork").Pool(2) as pool:  # which ends its workers by SIGTERM
         assert pool.map(signal.getsignal, [signal.SIGTERM]) == [signal.SIG_DFL]
-    for _ in range(200):  # processes that are told to end before they have run a line
+    for _ in range(50):  # processes that are told to end before they have run a line
         child = os.fork()
         if not child:
             time.sleep(1)
