@@ -28,16 +28,19 @@ def total_of(world: int, counts: list[int]) -> Totals:
     """What each rank sends below, added up."""
     ranks = range(world)
     loss = sum(1.5 * rank + 1e-3 for rank in ranks)
-    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, False, 2, ())
+    orders = tuple(2**24 - 1 - rank for rank in ranks)
+    return Totals(sum(counts[rank] for rank in ranks), loss, world > 1, False, 2, (), orders)
 
 
 def send(exchange: Exchange, rank: int, counts: list[int]) -> None:
-    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, end=False, action=0 if rank else 2)
+    action, order = 0 if rank else 2, 2**24 - 1 - rank
+    exchange.send(counts[rank], 1.5 * rank + 1e-3, stop=rank == 1, end=False, action=action, order=order)
 
 
 def assert_equal(found: Totals, expected: Totals) -> None:
     assert (found.count, found.stop, found.action) == (expected.count, expected.stop, expected.action)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.orders == expected.orders
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

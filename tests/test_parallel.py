@@ -15,14 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dtrain.errors import UsageError
 from dtrain.training.prepare import blocks_of
 from tests.layers import SAMPLES, Block, Curve, Net, curve, samples
 from tests.training import opened
-from tests.world import errors, in_world
+from tests.world import in_world
 
 STEPS = 20
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 3e-2)}
@@ -141,81 +140,6 @@ def test_a_rank_with_fewer_micro_batches_makes_a_pass_that_the_loop_does_not_see
     assert [seen for seen, *_ in found] == [2, 4, 4], "samples that the loop was given"
     assert [forwards for _, forwards, *_ in found] == [2, 2, 2], "passes of the model"
     assert [passes for *_, passes, _ in found] == [1, 2, 2], "a buffer doesn't remember the spare one"
-
-
-@pytest.mark.parametrize("global_batch", [16, 12])
-def test_sharded_layers_that_take_turns_get_the_gradients_of_one_process(tmp_path: Path, global_batch: int) -> None:
-    """Even and odd samples each have a layer, of one size; with three micro-batches one rank makes a spare pass."""
-
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.unused = nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(7, 3)
-
-        def forward(self, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return (self.a, self.b)[number % 2](x), self.unused(x)
-
-    def work(rank: int, kind: str) -> dict[str, torch.Tensor]:
-        with opened(tmp_path / kind, parallel=kind, global_batch=global_batch, micro_batch=4) as run:
-            model = run.parallelize(Experts())
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            data = run.data(samples())
-            run.track(model=model, optimizer=optimizer)
-            for step in run.steps(2):
-                for x, y in step.micro_batches(data):
-                    number = int(step._index >= global_batch // 4 // 2)  # as the ranks have them
-                    step.backward(nn.functional.cross_entropy(model(x, number)[0], y, reduction="sum"), count=len(y))
-                step.update(optimizer)
-            return {
-                name: part.full_tensor() if isinstance(part, DTensor) else part  # all ranks must reach it
-                for name, part in model.state_dict().items()
-            }
-
-    (alone,) = in_world(1, partial(work, kind="none"))
-    for found in in_world(2, partial(work, kind="fsdp")):
-        for name, whole in alone.items():
-            assert torch.allclose(found[name], whole, atol=1e-6), name
-
-
-class Heads(nn.Module):
-    """Two heads of one size, each a unit of its own under FSDP. The loss takes one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(7, 7)
-        self.heads = nn.ModuleList([nn.Linear(7, 5), nn.Linear(7, 5)])
-
-    def forward(self, x: torch.Tensor, head: int, *, both: bool) -> torch.Tensor:
-        x = self.first(x)
-        out = {number: one(x) for number, one in enumerate(self.heads) if both or number == head}
-        chosen: torch.Tensor = out[head]
-        return chosen
-
-
-@pytest.mark.parametrize(("both", "of_each_rank"), [(True, False), (False, False), (False, True)])
-def test_a_sharded_block_that_a_loss_does_not_depend_on_is_refused(
-    tmp_path: Path, both: bool, of_each_rank: bool
-) -> None:
-    """Whether each rank takes a head of its own, or all take one first and then the other: whatever happened before."""
-
-    def work(rank: int) -> None:
-        with opened(tmp_path, parallel="fsdp") as run:
-            model = run.parallelize(Heads())
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            data = run.data(samples())
-            run.track(model=model, optimizer=optimizer)
-            with torch.no_grad():  # both heads were gathered once
-                model(torch.ones(1, 7), 0, both=True)
-            for step in run.steps(2):
-                for x, y in step.micro_batches(data):
-                    out = model(x, rank if of_each_rank else step._index % 2, both=both)
-                    step.backward(nn.functional.cross_entropy(out, y, reduction="sum"), count=len(y))
-                step.update(optimizer)
-
-    found = errors(2, work)
-    missed = (1, 0) if of_each_rank else (0, 0)  # the last of a rank's two micro-batches takes head 1
-    for head, error in zip(missed, found, strict=True):
-        assert f"the backward pass didn't come to heads.{head}, and under FSDP" in str(error)
 
 
 def test_a_model_on_the_meta_device_gets_the_same_values_in_every_layout(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class Totals:
     """What rank 0 wants done after the step: see `schedule`."""
     own_s: tuple[float, ...]
     """How long each rank was at work by itself since the step before: see `slow`."""
+    orders: tuple[int, ...]
+    """Of each rank: see `Wrapped.order`."""
 
 
 class Exchange:
@@ -80,17 +82,19 @@ class Exchange:
         """Of the last steps: what tells this rank's own gradients from any others, as far as they were looked at."""
         return {step: int(mark) for step, mark in self._marks.items()}
 
-    def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int) -> None:
+    def send(self, count: int, loss: float, *, stop: bool, end: bool, action: int, order: int = 0) -> None:
         """Have this rank's numbers ready for the backward pass that follows. All ranks must reach this.
 
         :param action: on rank 0, what to do after the step; 0 on the others.
+        :param order: less than 2^24.
         """
-        own_s = [0.0] * dist.get_world_size()
-        own_s[dist.get_rank()] = time.monotonic() - self._level
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        of_ranks = [0.0] * (2 * ranks)
+        of_ranks[rank], of_ranks[ranks + rank] = time.monotonic() - self._level, order
         digits = [float(count >> (_BITS * place) & ((1 << _BITS) - 1)) for place in range(_DIGITS)]
         coarse = float(torch.tensor(loss, dtype=torch.float32))
         fine = loss - coarse if math.isfinite(coarse) else 0.0
-        self._numbers = torch.tensor([*digits, coarse, fine, stop, end, action, *own_s], dtype=torch.float32)
+        self._numbers = torch.tensor([*digits, coarse, fine, stop, end, action, *of_ranks], dtype=torch.float32)
         self._waiting = True
 
     def all_reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -127,9 +131,10 @@ class Exchange:
             self._work.wait()
             self._work = None
         numbers = self._numbers.tolist()
-        digits, (coarse, fine, stop, end, action, *own_s) = numbers[:_DIGITS], numbers[_DIGITS:]
+        digits, (coarse, fine, stop, end, action, *of_ranks) = numbers[:_DIGITS], numbers[_DIGITS:]
+        own_s, orders = of_ranks[: len(of_ranks) // 2], map(int, of_ranks[len(of_ranks) // 2 :])
         count = sum(int(digit) << (_BITS * place) for place, digit in enumerate(digits))
-        return Totals(count, coarse + fine, stop > 0, end > 0, int(action), tuple(own_s))
+        return Totals(count, coarse + fine, stop > 0, end > 0, int(action), tuple(own_s), tuple(orders))
 
 
 def _mark(gradients: torch.Tensor) -> torch.Tensor:

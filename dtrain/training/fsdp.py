@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from dtrain.errors import UsageError
 from dtrain.training.random import generators_kept
 from dtrain.training.reduce import Pending, Sums
-from dtrain.training.wrapped import UNUSED, Turn, Wrapped
+from dtrain.training.wrapped import ORDERS, UNUSED, Turn, Wrapped
 
 
 class Sharded(Wrapped):
@@ -47,8 +47,9 @@ class Sharded(Wrapped):
         """By name: what is reduced when the backward pass comes to it. The root's turn is at the end in any case."""
         self._reached: set[str] = set()
         part: nn.Module
-        for name, part in model.named_modules():
+        for number, (name, part) in enumerate(model.named_modules(), 1):
             if isinstance(part, FSDPModule):
+                part.register_forward_pre_hook(torch.compiler.disable(partial(self._enter, number)))
                 part.set_gradient_divide_factor(1.0)  # sums, which are divided once, by what was counted
                 part.set_force_sum_reduction_for_comms(True)
                 if not exact and hasattr(part, "set_reduce_scatter_unused_params"):
@@ -76,6 +77,7 @@ class Sharded(Wrapped):
         self._turn = turn
         self._reached.clear()
         if turn.first:
+            self.order = 0
             self._drop()
         self._expect(turn.spare if turn.first else self._spare, uneven=turn.uneven)
         for reduce in self._reductions:
@@ -109,6 +111,9 @@ class Sharded(Wrapped):
         if self.exact and not self._turn.last:
             self._drop()
 
+    def holding(self) -> None:
+        """FSDP2 keeps gradients where they aren't seen until it sums them up."""
+
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_spare:
             return
@@ -129,6 +134,9 @@ class Sharded(Wrapped):
         if not torch.is_grad_enabled():
             self._root.reshard()
 
+    def _enter(self, number: int, *_: object) -> None:
+        self.order = (self.order * 1_000_003 + number) % ORDERS
+
     def _watch(self, name: str, module: nn.Module, args: object, out: Any) -> None:
         if self._turn.last and not self.is_spare and torch.is_grad_enabled():
             for leaf in pytree.tree_leaves(out):
@@ -144,12 +152,21 @@ class Sharded(Wrapped):
             for name, buffer in part._buffers.items()
             if buffer is not None
         ]
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        # A model may write into its input.
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda given: given.detach().clone(), (args, kwargs))
         with generators_kept():
-            out = pytree.tree_leaves(self.module(*args, **kwargs))
-            reached = [leaf for leaf in out if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            out = self.module(*args, **kwargs)
+            leaves = pytree.tree_leaves(out)
+            reached = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             if reached:
                 torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
+            elif torch.is_grad_enabled():
+                raise UsageError(
+                    f"the model returns a {type(out).__qualname__}, in which no tensor with a gradient is found, and "
+                    "the ranks have different numbers of micro-batches: under FSDP one with less needs to go through "
+                    "the model once more; return a tensor, a tuple or a dict, or change global_batch or the number of "
+                    "ranks"
+                )
         for part, name, buffer, before in buffers:
             part._buffers[name] = buffer  # another may have been put in its place
             # Guards tell by the version whether a step has changed a buffer, and this pass is no part of it.

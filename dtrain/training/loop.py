@@ -25,7 +25,7 @@ from dtrain.training.copies import Copies
 from dtrain.training.exactness import inexact_parts, name_changed_buffers
 from dtrain.training.exchange import Exchange
 from dtrain.training.guards import Watch
-from dtrain.training.parallel import Buffers, Parallel, same_buffers
+from dtrain.training.parallel import Buffers, Parallel, same_on_all_ranks
 from dtrain.training.precision import Precision
 from dtrain.training.record import Record
 from dtrain.training.saves import Saves
@@ -295,7 +295,7 @@ class Loop:
         if self._buffers is None:
             models = [bare(model.module) for model in self._parallel.models]
             self._buffers = Buffers([*models, *self._state.modules().values()])
-        same_buffers(self._buffers.all())
+        same_on_all_ranks(self._buffers.all())
 
     def _finish(self, step: Step) -> None:
         if self._saves.done == step.number:  # by a save inside the loop

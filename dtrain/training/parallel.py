@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from dtrain.training.prepare import Filler, blocks_of, modules_around, recompute
 from dtrain.training.wrapped import Wrapped
 
 Hook = Callable[[nn.Module, DeviceMesh], nn.Module]
+
+_BATCH_BYTES = 64 << 20
+"""Of tensors that are sent together."""
 
 
 class Parallel:
@@ -74,6 +77,12 @@ class Parallel:
                 f"parallelize(tensor_parallel={tensor_parallel!r}) with Config(tensor_parallel="
                 f"{config.tensor_parallel}): the number of ranks and the function go together; give both or neither"
             )
+        for name, part in model.named_modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+                raise UsageError(
+                    f"parallelize: {name or 'the model'} has sparse=True, whose gradients can't be summed up "
+                    "and clipped here; leave it out"
+                )
         blocks = blocks_of(model, classes)
         if not blocks and config.activation_checkpointing != "none":
             raise UsageError(
@@ -84,6 +93,7 @@ class Parallel:
         if tensor_parallel is not None:
             assert self.mesh is not None
             filler.fill(model)
+            same_on_all_ranks(model.parameters())
             model = tensor_parallel(model.to(self._device), self.mesh["tensor"])
             filler = Filler(model, config.seed, self._device)  # what is filled stays as it is
         if config.activation_checkpointing != "none":
@@ -136,9 +146,10 @@ class Parallel:
     def _replicated(self, model: nn.Module, filler: Filler) -> Wrapped:
         filler.fill(model)
         model = model.to(self._device)
-        same_buffers(model.buffers())
-        if dist.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
-            return Wrapped(model, exact=self.exact and any(p.requires_grad for p in model.parameters()))
+        trained = any(p.requires_grad for p in model.parameters())
+        same_on_all_ranks([*model.buffers(), *(() if trained else model.parameters())])  # the rest DDP sees to
+        if dist.get_world_size() == 1 or not trained:
+            return Wrapped(model, exact=self.exact and trained)
         return Replicated(model, self._exchange, exact=self.exact)
 
     def _sharded(self, model: nn.Module, blocks: Sequence[nn.Module], filler: Filler) -> Wrapped:
@@ -152,8 +163,10 @@ class Parallel:
         if not isinstance(model, FSDPModule):  # the user's own function may have done it
             _check_not_shared(model, blocks)
             # One after the other: only one block at a time is there as a whole, if the model was made on meta.
+            alike = "tensor" in names  # made so before they were split
             for part in blocks:
                 filler.fill(part)
+                same_on_all_ranks(() if alike else part.parameters())
                 fully_shard(part, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
             versions = [parameter._version for part in blocks for parameter in part.parameters()]
             filler.fill(model, without=blocks)
@@ -162,8 +175,10 @@ class Parallel:
                     f"reset_parameters of a module around the blocks of this {type(model).__qualname__} changes the "
                     "blocks, which are sharded by then; let a block fill its own parameters"
                 )
+            inner = {id(parameter) for part in blocks for parameter in part.parameters()}
+            same_on_all_ranks(() if alike else (p for p in model.parameters() if id(p) not in inner))
             fully_shard(model, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
-        same_buffers(model.buffers())
+        same_on_all_ranks(model.buffers())
         group = dist.group.WORLD if mesh is self.mesh else mesh._flatten().get_group()
         assert group is not None
         return Sharded(model, group, self._shards, exact=self.exact)
@@ -207,19 +222,35 @@ class Buffers:
         return found, [(id(buffer), buffer._version) for buffer in found]
 
 
-def same_buffers(buffers: Iterable[torch.Tensor]) -> None:
-    """Give every rank rank 0's buffers (running means and the like). All ranks must reach this, with the same ones.
+def same_on_all_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank rank 0's values. All ranks must reach this, with tensors of the same sizes.
 
-    DDP does so before a step's first forward pass, for the models that it wraps. Done after each step, the buffers of
-    all models are equal in a checkpoint as well, and whether one is saved makes no difference to the training.
+    DDP does so with the parameters of the models that it wraps as it begins, and with their buffers (running means and
+    the like) before a step's first forward pass. Done after each step, the buffers of all models are equal in a
+    checkpoint as well, and whether one is saved makes no difference to the training.
     """
     if dist.get_world_size() == 1:
         return
     by_kind: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for buffer in buffers:
-        by_kind.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for same in by_kind.values():
-        flat = torch.cat([buffer.detach().reshape(-1) for buffer in same])
-        dist.broadcast(flat, src=0)
-        for buffer, part in zip(same, flat.split([buffer.numel() for buffer in same]), strict=True):
-            buffer.detach().copy_(part.view_as(buffer))
+        for together in _batches(same):
+            flat = torch.cat([tensor.reshape(-1) for tensor in together])
+            dist.broadcast(flat.view(torch.uint8), src=0)  # there is no backend for some of the types
+            for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """So many at a time that what they take once more doesn't matter."""
+    batch: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if batch and size + tensor.nbytes > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(tensor)
+        size += tensor.nbytes
+    if batch:
+        yield batch

@@ -33,12 +33,14 @@ _KEPT = {
 """With selective checkpointing: what takes long to compute. All else is cheap, and is computed again."""
 
 
-def blocks_of(model: nn.Module, classes: Sequence[type[nn.Module]] | None) -> Blocks:
+def blocks_of(model: nn.Module, classes: Sequence[type[nn.Module]] | type[nn.Module] | None) -> Blocks:
     """The blocks that a model is made of, none within another.
 
     :param classes: theirs; None finds the one class that is repeated in lists and holds the most parameters.
     :raises UsageError: there are none of these classes.
     """
+    if isinstance(classes, type):
+        classes = (classes,)
     if classes is None:
         classes = _repeated(model)
     elif not any(isinstance(module, tuple(classes)) for module in model.modules()):

@@ -16,13 +16,14 @@ from torch.distributed.tensor import DTensor
 from dtrain.elastic.page import Page, Phase
 from dtrain.errors import UsageError
 from dtrain.training.data import Data
-from dtrain.training.exchange import MOST, Exchange, Totals
+from dtrain.training.exchange import Exchange, Totals
+from dtrain.training.given import check_loss, check_update
 from dtrain.training.norm import divided, exact_norm, local_parts, total_norm
 from dtrain.training.order import block
 from dtrain.training.parallel import Parallel
 from dtrain.training.precision import Precision
 from dtrain.training.random import set_generators
-from dtrain.training.wrapped import Turn
+from dtrain.training.wrapped import ORDERS, Turn
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -88,6 +89,7 @@ class Step:
         self._own: list[tuple[int, torch.Tensor]] = []
         self._index = 0
         self._losses: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None  # a parameter that has a gradient since this step's first backward pass
         self._work: dist.Work | None = None
         self._count = 0
         self._totals: Totals | None = None
@@ -146,14 +148,11 @@ class Step:
         """
         if not self._open:
             raise UsageError(f"step {self.number}: call backward once in each pass of step.micro_batches")
-        if loss.numel() != 1:
-            raise UsageError(f"step {self.number}: the loss has shape {tuple(loss.shape)}; make it one number, a sum")
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MOST:
-            raise UsageError(f"step {self.number}: count={count!r} must be a whole number from 0 to {MOST - 1}")
-        if loss.dtype == torch.float16:
+        check_loss(self.number, loss, count)
+        if self._kept is not None and self._kept.grad is None:
             raise UsageError(
-                f"step {self.number}: the loss is a sum in float16, which ends at 65,504; compute it in float32, as in "
-                "F.cross_entropy(logits.float(), ...)"
+                f"step {self.number}: the gradients of the micro-batches before {self._index} are gone, before "
+                "step.update has used them; leave out optimizer.zero_grad(), which it calls after each step"
             )
         self._open = False
         self._backwards += 1
@@ -170,13 +169,17 @@ class Step:
         if last:
             stop, end, action = self._ask()
             sent = 0.0 if alone else float(self._losses)
-            self._exchange.send(self._count if counts else 0, sent, stop=stop, end=end, action=action)
+            order = sum(model.order for model in self._parallel.models) % ORDERS
+            self._exchange.send(self._count if counts else 0, sent, stop=stop, end=end, action=action, order=order)
         with self._precision.off():
             (self._scaler.scale(loss) if self._scaler else loss).backward()
         if last:
             self._check_all_used()
         for model in self._parallel.models:
             model.end()
+        if self._kept is None and not last:
+            held = (model.holding() for model in self._parallel.models)
+            self._kept = next((parameter for parameter in held if parameter is not None), None)
         if last:
             self._exchange.depart()
             if alone:  # stays on the device: to look at it would wait for everything that is queued there
@@ -203,8 +206,7 @@ class Step:
             above 0.
         """
         self._page.mark(Phase.UPDATE)
-        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
-            raise UsageError(f"step {self.number}: update(clip={clip!r}) must be a number above 0")
+        check_update(self.number, optimizer, schedulers, clip)
         if self._backwards != len(self._block):
             raise UsageError(
                 f"step {self.number}: {self._backwards} of {len(self._block)} micro-batches had a backward pass "
@@ -220,7 +222,14 @@ class Step:
                 # By tensor parallelism: torch asks those only that share the first parameter.
                 for found in self._scaler._found_inf_per_device(optimizer).values():
                     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if trained and not gradients:
+            raise UsageError(
+                f"step {self.number}: no parameter of this {type(optimizer).__qualname__} has a gradient: it was "
+                "updated in this step before, or optimizer.zero_grad() was called, or no loss depends on what it "
+                "trains; call update once a step for each optimizer, and leave zero_grad() to it"
+            )
         finite = self._divide(gradients, clip)
         if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):
             self.skipped = True  # for another optimizer of the same step as well
@@ -281,12 +290,21 @@ class Step:
     def totals(self) -> Totals:
         """The sums over all ranks, once all backward passes are under way.
 
-        :raises UsageError: they aren't yet.
+        :raises UsageError: they aren't yet; or ranks went through a sharded model in ways that don't go together.
         """
         if self._totals is None:
             if self._backwards != len(self._block):
                 raise UsageError(f"step {self.number}: known only after the last step.backward")
-            self._totals = self._exchange.totals()
+            totals = self._exchange.totals()
+            odd = [rank for rank, order in enumerate(totals.orders) if order != totals.orders[0]]
+            if odd:
+                raise UsageError(
+                    f"step {self.number}: the forward passes of rank{'s' if len(odd) > 1 else ''} "
+                    f"{', '.join(map(str, odd))} took other blocks of the model than those of rank 0, or in another "
+                    "order, and under FSDP the ranks exchange one block after the other; have every micro-batch go "
+                    "through the same blocks, or take parallel='ddp'"
+                )
+            self._totals = totals
         return self._totals
 
     @property

@@ -15,6 +15,10 @@ UNUSED = (
 )
 
 
+ORDERS = 16_777_213
+"""A model's order is less than this, which a float32 holds."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One micro-batch's turn on a rank."""
@@ -38,11 +42,14 @@ class Wrapped:
 
     :param exact: whether gradients are added in the order of `reduce`.
     :ivar module: what the user calls.
+    :ivar order: tells the order in which the forward passes of a step came to what all ranks must come to together from
+        any other; 0 if there is nothing of that kind.
     """
 
     def __init__(self, module: nn.Module, *, exact: bool = False) -> None:
         self.module = module
         self.exact = exact
+        self.order = 0
         self._parameters = list(module.parameters())
         self._turn = Turn(0, 1, first=True, last=True)
         self._sums = Sums(1)
@@ -69,6 +76,10 @@ class Wrapped:
 
     def check(self) -> None:
         """:raises RuntimeError: some parameters got no gradient, and the ranks can't add them up."""
+
+    def holding(self) -> nn.Parameter | None:
+        """A parameter that has a gradient between two micro-batches, if any has."""
+        return None if self.exact else next((p for p in self._parameters if p.grad is not None), None)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters if parameter.requires_grad]

@@ -1,0 +1,118 @@
+"""What a loop may give to a step by mistake is named before it can do harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import dtrain
+from dtrain.errors import UsageError
+from tests.layers import FEATURES, samples
+from tests.training import opened
+from tests.world import in_world
+
+CLASSES = 5
+
+
+@pytest.mark.parametrize(
+    ("loss", "count", "message"),
+    [
+        (
+            lambda out, y: F.cross_entropy(out, y),
+            2,
+            "the loss is a mean, and count=2 says that it is a sum over 2 terms",
+        ),
+        (lambda out, y: F.mse_loss(out, out.detach()), 10, "the loss is a mean"),
+        (lambda out, y: out.mean(), 10, "the loss is a mean"),
+        (lambda out, y: out.sum().item(), 2, "backward takes the loss as a tensor, and not "),
+        (lambda out, y: None, 2, "backward takes the loss as a tensor, and not None"),
+        (lambda out, y: F.cross_entropy(out, y), 1, ""),
+        (lambda out, y: F.cross_entropy(out, y) * len(y), 2, ""),
+        (lambda out, y: F.cross_entropy(out, y, reduction="sum"), 2, ""),
+    ],
+)
+def test_a_loss_that_is_no_sum_is_refused(tmp_path: Path, loss: Callable[..., Any], count: int, message: str) -> None:
+    assert said(tmp_path, lambda step, *given: step.backward(loss(*given), count=count)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        (lambda step, optimizer: step.update([optimizer]), "update takes an optimizer that needs one gradient"),
+        (lambda step, optimizer: step.update(None), "update takes an optimizer that needs one gradient"),
+        (
+            lambda step, optimizer: step.update(torch.optim.LBFGS([torch.ones(1, requires_grad=True)])),
+            "update takes an optimizer that needs one gradient for a step, such as AdamW, and not a LBFGS",
+        ),
+        (
+            lambda step, optimizer: step.update(optimizer, ReduceLROnPlateau(optimizer)),
+            "a ReduceLROnPlateau goes by a measurement",
+        ),
+        (
+            lambda step, optimizer: (optimizer.zero_grad(), step.update(optimizer)),
+            "no parameter of this SGD has a gradient",
+        ),
+        (
+            lambda step, optimizer: (step.update(optimizer), step.update(optimizer)),
+            "no parameter of this SGD has a gradient: it was updated in this step before",
+        ),
+        (lambda step, optimizer: step.update(optimizer), ""),
+    ],
+)
+def test_an_update_that_can_not_be_meant_is_refused(tmp_path: Path, update: Callable[..., Any], message: str) -> None:
+    def backward(step: dtrain.Step, out: torch.Tensor, y: torch.Tensor) -> None:
+        step.backward(F.cross_entropy(out, y, reduction="sum"), count=len(y))
+
+    assert said(tmp_path, backward, update).startswith(message)
+
+
+def test_gradients_that_are_thrown_away_between_micro_batches_are_missed(tmp_path: Path) -> None:
+    def backward(step: dtrain.Step, out: torch.Tensor, y: torch.Tensor) -> None:
+        step.backward(F.cross_entropy(out, y, reduction="sum"), count=len(y))
+
+    assert said(tmp_path, backward, zero=True).startswith("the gradients of the micro-batches before 1 are gone")
+
+
+def test_an_embedding_with_sparse_gradients_is_refused_by_name(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path) as run, pytest.raises(UsageError, match=r"parallelize: 0 has sparse=True"):
+            run.parallelize(nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 1)))
+
+    in_world(1, work)
+
+
+def said(
+    folder: Path,
+    backward: Callable[..., Any],
+    update: Callable[..., Any] = lambda step, optimizer: step.update(optimizer),
+    *,
+    zero: bool = False,
+) -> str:
+    """The error of a first step, without the step's number; empty if there is none."""
+
+    def work(rank: int) -> str:
+        with opened(folder, parallel="none") as run:
+            model = run.parallelize(nn.Linear(FEATURES, CLASSES))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            try:
+                for step in run.steps(1):
+                    for x, y in step.micro_batches(data):
+                        if zero:
+                            optimizer.zero_grad()
+                        backward(step, model(x), y)
+                    update(step, optimizer)
+            except UsageError as error:
+                return str(error).removeprefix("step 1: ")
+        return ""
+
+    (found,) = in_world(1, work)
+    return found

@@ -1,0 +1,183 @@
+"""Sharded models whose ranks don't all do the same: what can be added up is, and the rest is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dtrain.errors import UsageError
+from tests.layers import samples
+from tests.training import opened
+from tests.world import errors, in_world
+
+
+@pytest.mark.parametrize("global_batch", [16, 12])
+def test_sharded_layers_that_take_turns_get_the_gradients_of_one_process(tmp_path: Path, global_batch: int) -> None:
+    """Even and odd samples each have a layer, of one size; with three micro-batches one rank makes a spare pass."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return (self.a, self.b)[number % 2](x), self.unused(x)
+
+    def work(rank: int, kind: str) -> dict[str, torch.Tensor]:
+        with opened(tmp_path / kind, parallel=kind, global_batch=global_batch, micro_batch=4) as run:
+            model = run.parallelize(Experts())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    number = int(step._index >= global_batch // 4 // 2)  # as the ranks have them
+                    step.backward(nn.functional.cross_entropy(model(x, number)[0], y, reduction="sum"), count=len(y))
+                step.update(optimizer)
+            return {
+                name: part.full_tensor() if isinstance(part, DTensor) else part  # all ranks must reach it
+                for name, part in model.state_dict().items()
+            }
+
+    (alone,) = in_world(1, partial(work, kind="none"))
+    for found in in_world(2, partial(work, kind="fsdp")):
+        for name, whole in alone.items():
+            assert torch.allclose(found[name], whole, atol=1e-6), name
+
+
+class Blocks(nn.Module):
+    """Blocks of one size, of which a forward pass may leave one out. Its input is another one after it."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(7, 7) for _ in range(3))
+        self.out = nn.Linear(7, 5)
+        with torch.no_grad():  # as if other ranks had made theirs by chance
+            for number, parameter in enumerate(self.parameters()):
+                parameter.fill_(0.1 * number + rank)
+
+    def forward(self, x: torch.Tensor, without: int = -1) -> torch.Tensor:
+        x -= 0.5
+        for number, block in enumerate(self.blocks):
+            x = x if number == without else torch.tanh(block(x))
+        out: torch.Tensor = self.out(x)
+        return out
+
+
+def blocks_trained(folder: Path, kind: str, without: Callable[[int], int]) -> list[float]:
+    """The losses. :param without: which block each micro-batch of a step leaves out."""
+    with opened(folder, parallel=kind, global_batch=16, micro_batch=2) as run:
+        model = run.parallelize(Blocks(run.rank))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = run.data(samples())
+        run.track(model=model, optimizer=optimizer)
+        losses = []
+        for step in run.steps(3):
+            for x, y in step.micro_batches(data):
+                out = model(x, without(step._index))
+                step.backward(nn.functional.cross_entropy(out, y, reduction="sum"), count=len(y))
+            step.update(optimizer)
+            losses.append(step.loss)
+        return losses
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
+def test_all_ranks_begin_with_the_weights_of_the_first_and_a_model_may_write_into_its_input(
+    tmp_path: Path, kind: str, ranks: int
+) -> None:
+    """With three ranks, some of them make a spare pass over an input that they use as well."""
+    (alone,) = in_world(1, lambda rank: blocks_trained(tmp_path / "none", "none", lambda index: -1))
+    for losses in in_world(ranks, lambda rank: blocks_trained(tmp_path / kind, kind, lambda index: -1)):
+        assert losses == pytest.approx(alone, rel=1e-6)
+
+
+def test_sharded_blocks_that_ranks_take_in_other_orders_are_refused(tmp_path: Path) -> None:
+    """The last micro-batch of each rank takes all of them."""
+
+    def without(index: int) -> int:
+        return -1 if index in (3, 7) else (index + index // 4) % 3
+
+    for error in errors(2, lambda rank: blocks_trained(tmp_path, "fsdp", without)):
+        assert isinstance(error, UsageError)
+        assert "step 1: the forward passes of rank 1 took other blocks of the model than those of rank 0" in str(error)
+
+
+def test_a_frozen_model_is_that_of_the_first_rank(tmp_path: Path) -> None:
+    def work(rank: int) -> float:
+        with opened(tmp_path) as run:
+            model = run.parallelize(Blocks(rank).requires_grad_(False))
+            return float(sum(parameter.sum() for parameter in model.parameters()))
+
+    first, second = in_world(2, work)
+    assert first == second
+
+
+class Heads(nn.Module):
+    """Two heads of one size, each a unit of its own under FSDP. The loss takes one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 7)
+        self.heads = nn.ModuleList([nn.Linear(7, 5), nn.Linear(7, 5)])
+
+    def forward(self, x: torch.Tensor, head: int, *, both: bool) -> torch.Tensor:
+        x = self.first(x)
+        out = {number: one(x) for number, one in enumerate(self.heads) if both or number == head}
+        chosen: torch.Tensor = out[head]
+        return chosen
+
+
+@pytest.mark.parametrize(("both", "of_each_rank"), [(True, False), (False, False), (False, True)])
+def test_a_sharded_block_that_a_loss_does_not_depend_on_is_refused(
+    tmp_path: Path, both: bool, of_each_rank: bool
+) -> None:
+    """Whether each rank takes a head of its own, or all take one first and then the other: whatever happened before."""
+
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="fsdp") as run:
+            model = run.parallelize(Heads())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            with torch.no_grad():  # both heads were gathered once
+                model(torch.ones(1, 7), 0, both=True)
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    out = model(x, rank if of_each_rank else step._index % 2, both=both)
+                    step.backward(nn.functional.cross_entropy(out, y, reduction="sum"), count=len(y))
+                step.update(optimizer)
+
+    found = errors(2, work)
+    missed = (1, 0) if of_each_rank else (0, 0)  # the last of a rank's two micro-batches takes head 1
+    for head, error in zip(missed, found, strict=True):
+        assert f"the backward pass didn't come to heads.{head}, and under FSDP" in str(error)
+
+
+def test_a_spare_pass_through_a_model_that_returns_an_object_is_refused(tmp_path: Path) -> None:
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Wrapping(Blocks):
+        def forward(self, x: torch.Tensor, without: int = -1) -> Output:  # type: ignore[override]
+            return Output(super().forward(x, without))
+
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="fsdp", global_batch=10, micro_batch=2) as run:
+            model = run.parallelize(Wrapping(0))
+            data = run.data(samples())
+            run.track(model=model)
+            for step in run.steps(1):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).logits.sum(), count=1)
+
+    found = [error for error in errors(3, work) if isinstance(error, UsageError)]  # the others lose their peers
+    assert found
+    assert all("the model returns a " in str(error) and "Output, in which no tensor" in str(error) for error in found)
