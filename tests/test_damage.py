@@ -156,6 +156,30 @@ def test_a_run_without_any_good_checkpoint_stops_and_never_begins_at_step_0(tmp_
             assert str(error).endswith("Bring the files back, or start in another run folder.")
 
 
+def test_files_that_were_away_count_again_when_they_are_back(tmp_path: Path) -> None:
+    make(tmp_path / "run", [10, 20])
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "away")
+    for _ in range(2):
+        (error,) = errors(1, lambda rank: restored(tmp_path / "run"))
+        assert isinstance(error, NoGoodCheckpoint)
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    (tmp_path / "away").rename(tmp_path / "run" / "checkpoints")
+    assert alone(lambda: restored(tmp_path / "run")) == 20
+    assert [entry.step for entry in bad(tmp_path / "run")] == [20, 10]
+
+
+def test_checkpoints_whose_log_is_lost_are_neither_passed_over_nor_deleted(tmp_path: Path) -> None:
+    make(tmp_path / "run", [10, 20])
+    (tmp_path / "run" / "log").rename(tmp_path / "log")
+    for _ in range(2):
+        (error,) = errors(1, lambda rank: restored(tmp_path / "run"))
+        assert isinstance(error, NoGoodCheckpoint)
+        assert f"{tmp_path}/run/log, which tells what of it is whole, is empty or gone; bring it back" in str(error)
+    shutil.rmtree(tmp_path / "run" / "log", ignore_errors=True)
+    (tmp_path / "log").rename(tmp_path / "run" / "log")
+    assert alone(lambda: restored(tmp_path / "run")) == 20
+
+
 def test_a_run_whose_only_commit_entry_is_broken_stops_and_its_checkpoint_stays(tmp_path: Path) -> None:
     make(tmp_path, [10])
     folder = folder_of(tmp_path, 10)

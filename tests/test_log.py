@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from dtrain.checkpoint.catalog import CHECKPOINTS, Catalog
 from dtrain.checkpoint.log import FOLDER, Entry, Log
@@ -302,6 +303,34 @@ def test_a_claim_that_a_listing_has_left_out_fences_all_the_same(
     assert Log(storage).refresh()[-1] == committed
 
 
+def test_a_claim_that_can_not_be_read_gives_its_epoch_to_no_two(storage: LocalStorage) -> None:
+    claimed(storage)
+    ours = Log(storage)
+    place = ours.claim(time.time(), "ours").number
+    (Path(storage.root) / FOLDER / f"{place:08d}.json").write_text("{")
+    theirs = Log(storage)
+    assert theirs.claim(time.time(), "theirs").epoch == 2
+    with pytest.raises(Fenced):
+        ours.append(entry(ours))
+    theirs.append(entry(theirs))
+
+
+def test_an_entry_in_the_place_of_another_is_none(storage: LocalStorage) -> None:
+    log = claimed(storage)
+    first, second = (log.append(entry(log, step=step)) for step in (1, 2))
+    paths = [Path(storage.root) / FOLDER / f"{each.number:08d}.json" for each in (first, second)]
+    data = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(data[1])
+    reader = Log(storage)
+    assert reader.refresh()[1:] == [second]
+    assert [line.partition(": ")[0] for line in reader.broken] == [f"{FOLDER}/{first.number:08d}.json"]
+    document = json.loads(data[0])  # as it was before there was a number in it
+    fields = document["entry"]
+    old = {"entry": fields, "digest": xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())}
+    paths[0].write_text(json.dumps(old, indent=1))
+    assert Log(storage).refresh()[1:] == [first, second]
+
+
 def test_a_commit_that_a_listing_has_left_out_is_kept_by_who_claims_after_it(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +388,10 @@ def test_a_claim_deletes_old_halves_and_leaves_those_of_the_living(storage: Loca
 def test_an_export_that_was_killed_in_the_run_folder_is_cleared_away_and_hides_nothing(storage: LocalStorage) -> None:
     claimed(storage)
     hour_ago = time.time() - 3600
-    half, attempt = Path(storage.root) / ".weights.aa.half", Path(storage.root) / "checkpoints" / "step-00000003.e1.ab"
+    half, attempt = (
+        Path(storage.root) / ".weights.aa.half",
+        Path(storage.root) / "checkpoints" / "step-00000003.e1.0123abcd",
+    )
     for folder in (half, attempt):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"half")

@@ -50,7 +50,9 @@ def test_uncommitted_attempts_are_removed_by_the_next_claim_but_for_those_of_a_n
     make(tmp_path, [10])
     epoch = log_of(tmp_path).epoch
     places = tmp_path / "checkpoints"
-    names = [f"step-00000020.e{epoch}.aaaa", f"step-00000020.e{epoch + 2}.bbbb", "mine", f"a.e{epoch}", "step.eX.c"]
+    theirs = f"step-00000020.e{epoch}"
+    names = [f"{theirs}.0000aaaa", f"step-00000020.e{epoch + 2}.0000bbbb", "mine", f"a.e{epoch}.0000cccc", "step.eX.c"]
+    names += [f"{theirs}.keep", "step-00000020.e².0000dddd", "best.v1.model", "my.v0.5"]
     for name in names:
         (places / name).mkdir()
         (places / name / "__0_0.distcp").write_bytes(b"half")

@@ -6,6 +6,7 @@ no tensors; the ranks' agreement comes before (see `saver`).
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.checkpoint.index import Indexes
-from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.policy import Keep, to_retire
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.errors import Damaged, NoGoodCheckpoint
@@ -43,7 +44,11 @@ class Catalog:
         self.group = 0
 
     def claim(self, *, nonce: str = "", after: int | None = None) -> None:
-        """Take the run over from any earlier generation. :param nonce: and `after`: see `Log.claim`."""
+        """Take the run over from any earlier generation. :param nonce: and `after`: see `Log.claim`.
+
+        :raises NoGoodCheckpoint: there are checkpoints without a log that tells of them.
+        """
+        check_not_lost(self.storage, self.log)
         self.epoch = self.log.claim(time.time(), nonce or uuid.uuid4().hex[:8], after=after).epoch
         try:
             self._clear_away()
@@ -104,6 +109,20 @@ class Catalog:
         self.log.append(Entry(kind=kind, epoch=self.epoch, time=time.time(), nonce=uuid.uuid4().hex[:8], **fields))
 
 
+def check_not_lost(storage: Storage, log: Log) -> None:
+    """:raises NoGoodCheckpoint: there is no log, and there was one: every attempt to save comes after a claim."""
+    log.refresh()
+    if log.entries or log.broken:
+        return
+    attempts = [name for name in storage.names(CHECKPOINTS) if epoch_of(name) >= 0]
+    if attempts:
+        raise NoGoodCheckpoint(
+            f"{storage.root}/{CHECKPOINTS} holds {', '.join(attempts[:3])}{', ...' if attempts[3:] else ''}, and "
+            f"{storage.root}/{FOLDER}, which tells what of it is whole, is empty or gone; bring it back, or start in "
+            "another run folder"
+        )
+
+
 def candidates(
     storage: Storage,
     log: Log,
@@ -112,14 +131,16 @@ def candidates(
 ) -> Iterator[tuple[Entry, bytes] | None]:
     """The commits whose manifest and sizes are right, newest first, with the manifest; None if there is none.
 
+    Where no other is left, those that were found bad before are looked at once more: what couldn't be read may be back.
+
     :param condemn: called with attempt, step and reason for each of the others.
     :param counts: whether a commit counts at all.
     :raises NoGoodCheckpoint: there are commits, and none of them is good.
     """
-    log.refresh()
+    check_not_lost(storage, log)
     reasons = [f"step {entry.step}: {entry.reason}" for entry in log.entries if entry.kind == "bad"]
     ever = bool(reasons or log.broken)
-    for commit in reversed(list(filter(counts, log.commits()))):
+    for commit in filter(counts, (*reversed(log.commits()), *reversed(list(log.found_bad())))):
         ever = True
         try:
             data, _ = read_manifest(storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
@@ -143,5 +164,5 @@ def candidates(
 
 def epoch_of(attempt: str) -> int:
     """The epoch in an attempt's name; -1 if it isn't one."""
-    parts = attempt.split(".")
-    return int(parts[1][1:]) if len(parts) == 3 and parts[1][1:].isdigit() else -1
+    found = re.fullmatch(r"step-[0-9]{8,}\.e([0-9]+)\.[0-9a-f]{8}", attempt)
+    return int(found[1]) if found else -1

@@ -69,6 +69,7 @@ class Log:
         self._next = 0
         self._claim = self._last_broken = -1
         self._epoch = 0
+        self._nonce = ""
         self.entries: list[Entry] = []
         self.broken: list[str] = []
         """Files in the log that can't be read, named; they are passed over."""
@@ -102,7 +103,9 @@ class Log:
         for _ in looks(self._storage):
             try:
                 return _decode(self._storage.read(name), number)
-            except (Damaged, FileNotFoundError, IsADirectoryError) as error:
+            except FileNotFoundError:
+                found = f"{name}: missing"
+            except (Damaged, IsADirectoryError) as error:
                 found = f"{name}: {error}"
         return found
 
@@ -133,7 +136,7 @@ class Log:
                 )
             entry = self._create(Entry(kind="claim", epoch=self.epoch + 1, time=time, nonce=nonce))
             if entry is not None:
-                self._claim, self._epoch = entry.number, entry.epoch
+                self._claim, self._epoch, self._nonce = entry.number, entry.epoch, nonce
                 return entry
 
     def append(self, entry: Entry) -> Entry:
@@ -150,12 +153,16 @@ class Log:
     def check(self) -> None:
         """:raises Fenced: a newer generation has claimed the run, or the log holds something that can't be read."""
         self.refresh()
-        newer = [entry for entry in self.entries if entry.epoch > self._epoch]
+        newer = [entry for entry in self.entries if entry.epoch > self._epoch or self._is_after_ours(entry)]
         if newer or self._last_broken > self._claim:  # which may be a claim
             what = f"epoch {newer[-1].epoch} took over" if newer else f"can't read {self.broken[-1]}"
             raise Fenced(
                 f"{self._storage.root}: {what}; epoch {self._epoch} is a leftover and stops without writing any more"
             )
+
+    def _is_after_ours(self, entry: Entry) -> bool:
+        """Whether it is somebody else's claim of the same epoch, who couldn't read ours."""
+        return entry.kind == "claim" and entry.number > self._claim and entry.nonce != self._nonce
 
     def commits(self) -> list[Entry]:
         """The commits that were neither found bad nor retired, oldest first, in the order of the log."""
@@ -166,6 +173,11 @@ class Log:
         """The commits that failed their check and still lie there."""
         retired = {entry.attempt for entry in self.entries if entry.kind == "retire"}
         return (entry for entry in self.entries if entry.kind == "bad" and entry.attempt not in retired)
+
+    def found_bad(self) -> list[Entry]:
+        """Their commits, oldest first."""
+        attempts = {entry.attempt for entry in self.bad()}
+        return [entry for entry in self.entries if entry.kind == "commit" and entry.attempt in attempts]
 
     def _create(self, entry: Entry) -> Entry | None:
         """Try to be the next; None if somebody else was."""
@@ -181,14 +193,15 @@ class Log:
 
 def _encode(entry: Entry) -> bytes:
     fields = {key: value for key, value in asdict(entry).items() if key != "number"}
-    return json.dumps({"entry": fields, "digest": _digest(fields)}, indent=1).encode()
+    return json.dumps({"entry": fields, "digest": _digest(asdict(entry)), "number": entry.number}, indent=1).encode()
 
 
 def _decode(data: bytes, number: int) -> Entry:
     try:
         document = json.loads(data)
         fields = document["entry"]
-        if document["digest"] != _digest(fields):
+        place = {"number": number} if "number" in document else {}  # there was none at first
+        if document["digest"] != _digest(fields | place):
             raise ValueError("its digest doesn't match")
         return Entry(**fields, number=number)
     except (ValueError, KeyError, TypeError) as error:

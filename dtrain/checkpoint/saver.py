@@ -27,7 +27,7 @@ from dtrain.checkpoint.policy import Keep
 from dtrain.checkpoint.slots import Slots, Snapshot
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.config import Config, Interval
-from dtrain.errors import DtrainError, Fenced, SaveError
+from dtrain.errors import DtrainError, Fenced, NoGoodCheckpoint, SaveError
 from dtrain.observe.events import Events
 from dtrain.storage.base import Sink, Storage
 
@@ -88,7 +88,7 @@ class Saver:
                 if not catalog.epoch:
                     try:
                         catalog.claim()
-                    except OSError as error:  # the run does without, until the next save there
+                    except (OSError, NoGoodCheckpoint) as error:  # the run does without, until the next save there
                         self._events.warn(f"{catalog.storage.root} can't be claimed: {_text(error)}")
             return run.epoch
 
