@@ -184,9 +184,10 @@ def check_can_fork() -> None:
         )
     if len(os.listdir("/proc/self/task")) > _THREADS_AT_IMPORT:
         raise ConfigError(
-            "native threads were started before dtrain.launch, most often OpenMP's by an operation of torch on a large "
-            "tensor: a forked trainer would wait for them for ever. Move the operation into main, or set "
-            "OMP_NUM_THREADS=1 (as torchrun does), or use numpy for it"
+            "native threads were started after the import of dtrain and before dtrain.launch, and a forked trainer "
+            "would wait for them for ever. Most often it was an import of scipy, which torchmetrics and scikit-learn "
+            "bring along: import these before dtrain, or inside main. Or it was an operation of torch on a large "
+            "tensor: move it into main, use numpy for it, or set OMP_NUM_THREADS=1 (as torchrun does)"
         )
     if torch.cuda.is_initialized():
         raise ConfigError(
