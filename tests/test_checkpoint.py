@@ -133,6 +133,23 @@ def test_state_of_another_type_than_its_parameter_keeps_its_type(tmp_path: Path)
     assert alone(work) == []
 
 
+def test_state_in_lists_and_dicts_keeps_its_type_as_well(tmp_path: Path) -> None:
+    """As Shampoo and SOAP keep it."""
+
+    def work() -> list[str]:
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        stats = [torch.randn(3, dtype=torch.float64), {"seen": torch.tensor([1 << 40])}, torch.randn(2), 7]
+        optimizer.state[model.weight] = {"stats": stats, "both": (torch.tensor(3), None), "basis": "eigen"}
+        save(tmp_path, model=model, optimizer=optimizer)
+        before = copy.deepcopy(optimizer.state_dict())
+        optimizer.state.clear()
+        restore(tmp_path, model=model, optimizer=optimizer)
+        return list(differences(before, optimizer.state_dict()))
+
+    assert alone(work) == []
+
+
 def test_two_models_and_an_optimizer_over_both_come_back(tmp_path: Path) -> None:
     def work() -> list[str]:
         def make(seed: int) -> dict[str, Any]:
@@ -344,13 +361,18 @@ def test_a_name_that_could_not_be_told_from_a_part_of_another_is_refused(name: s
         State().track({name: nn.Linear(1, 1)})
 
 
+class Counting(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"calls": 7}
+
+
 def test_an_optimizer_that_keeps_more_than_its_parameters_states_is_named() -> None:
     model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = Counting(model.parameters(), lr=0.1)
     optimizer.state["count"] = 3  # type: ignore[index]
     state = State()
     state.track({"model": model, "sgd": optimizer})
-    with pytest.raises(StateError, match="sgd: a SGD keeps 'count' among the states of its parameters"):
+    with pytest.raises(StateError, match="sgd: a Counting keeps 'calls', 'count' beside the states of its parameters"):
         state.tree({})
 
 

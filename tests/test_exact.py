@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dtrain.training.exactness import name_changed_buffers
+from dtrain.training.exactness import ELEMENTWISE, name_changed_buffers
 from dtrain.training.norm import exact_norm
 from dtrain.training.order import block
 from dtrain.training.reduce import Pending, Sums, spans
@@ -194,6 +194,22 @@ def test_what_can_not_be_exact_is_named_at_the_start(tmp_path: Path, capfd: pyte
     assert "reduction='exact': optimizer: fused optimizers round by where a tensor is cut" in said
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_an_optimizer_that_looks_at_whole_tensors_is_named_where_they_are_cut(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, reduction="exact", parallel=kind) as run:
+            model = run.parallelize(nn.Linear(7, 4, bias=False))
+            run.data(samples())
+            run.track(model=model, a=torch.optim.Muon(model.parameters()), b=torch.optim.AdamW(model.parameters()))
+            next(iter(run.steps(1)))
+
+    in_world(2, work)
+    said = [line for line in capfd.readouterr().err.splitlines() if "reduction='exact': " in line]
+    assert ["reduction='exact': a: a Muon" in line for line in said] == [True] * (kind == "fsdp")
+
+
 class Counting(nn.Module):
     """Scales by how often it was called: written to in place, and put anew."""
 
@@ -301,9 +317,7 @@ OPTIMIZERS: list[Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = [
     partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
     partial(torch.optim.AdamW, lr=1e-3, foreach=False),
     partial(torch.optim.SGD, lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.01),
-    partial(torch.optim.RMSprop, lr=1e-3),
-    partial(torch.optim.Adagrad, lr=1e-3),
-    partial(torch.optim.NAdam, lr=1e-3),
+    *(partial(kind, lr=1e-3) for kind in ELEMENTWISE),
 ]
 
 

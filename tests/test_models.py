@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import DataError, UsageError
+from tests.layers import digest_of
 from tests.training import built, dataset, opened, unwrapped
 from tests.world import alone, errors, in_world
 
@@ -120,3 +121,30 @@ def test_ranks_with_different_data_are_refused(tmp_path: Path) -> None:
     for error in errors(2, work):
         assert isinstance(error, DataError)
         assert "the data of rank 1 is not that of rank 0" in str(error)
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4, dtype=torch.complex64).t())
+        self.bias = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.to(torch.complex64) @ self.weight).abs() + self.bias
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_complex_parameters_have_exact_sums_too(tmp_path: Path) -> None:
+    def work(rank: int, ranks: int) -> str:
+        with opened(tmp_path / str(ranks), reduction="exact") as run:
+            model = run.parallelize(Complex())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            data = run.data(dataset())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(3):
+                for x, ids in step.micro_batches(data):
+                    step.backward(model(x).square().sum(), count=len(ids))
+                step.update(optimizer)
+        return digest_of(unwrapped(model))
+
+    assert len({digest for ranks in (1, 2, 3) for digest in in_world(ranks, partial(work, ranks=ranks))}) == 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import dtrain
 from dtrain.errors import ConfigError, UsageError
 from tests.layers import WIDTH, Net, samples
 from tests.training import opened
@@ -137,6 +138,7 @@ def test_exact_sums_need_a_gradient_of_every_parameter_in_every_micro_batch(
         (("model", "optimizer"), "given a LambdaLR that isn't tracked"),
         (("optimizer", "schedule"), "give its module to run.track"),
         ((), "given a SGD that isn't tracked"),
+        (("model", "optimizer", "schedule"), "given an optimizer whose EMA isn't tracked"),
     ],
 )
 def test_what_would_begin_anew_after_a_failure_is_refused(
@@ -149,6 +151,7 @@ def test_what_would_begin_anew_after_a_failure_is_refused(
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
             data = run.data(samples())
             objects = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            dtrain.EMA(model, optimizer)
             run.track(**{name: objects[name] for name in tracked})
             for step in run.steps(2):
                 for x, _ in step.micro_batches(data):

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.errors import DataError
+from dtrain.training.data import Samples, digest_of
 from dtrain.training.order import block, permute
 from tests.saving import bits
 from tests.training import built, opened, train
-from tests.world import alone, in_world
+from tests.world import alone, errors, in_world
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 16, 17, 64, 100, 1023, 1024, 1025, 4097, 65537])
@@ -90,3 +92,46 @@ def test_random_numbers_of_a_micro_batch_do_not_depend_on_who_computes_it(tmp_pa
             together |= drawn
         assert together == alone_drawn
     assert len({tuple(values) for values in alone_drawn.values()}) == 5 * 4, "each has numbers of its own"
+
+
+class Private:
+    """Draws from a generator of its own, whose state nobody knows."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._own = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.from_numpy(self._own.normal(size=3))
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_a_data_set_with_a_generator_of_its_own_is_refused(tmp_path: Path, seed: int | None) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path) as run:
+            run.data(Private(seed), name="noisy")
+            run.track(model=run.parallelize(nn.Linear(3, 1)))
+            next(iter(run.steps(1)))
+
+    for error in errors(2, work):
+        assert isinstance(error, DataError)
+        assert "noisy: sample 0 is another one each time that it is loaded" in str(error)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["sparse", "jagged", "nested"])
+def test_tensors_of_any_form_can_be_samples(kind: str) -> None:
+    x = torch.eye(3)
+    layout = torch.jagged if kind == "jagged" else torch.strided
+    sample = x.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([x, x[:2]], layout=layout)
+    assert digest_of([1, sample]) is None, "it can't be compared"
+    assert Samples([sample], list, seed=0).fingerprint("data") != Samples([x], list, seed=0).fingerprint("data")
+
+
+def test_a_tensor_is_hashed_as_what_it_stands_for() -> None:
+    x = torch.randn(4, 3, dtype=torch.complex64)
+    for view in (x.conj(), x.conj().imag, x.mT.conj(), x[0, 0].conj()):
+        assert digest_of(view) == digest_of(view.resolve_conj().resolve_neg().clone())
+    assert digest_of(x.conj()) != digest_of(x)

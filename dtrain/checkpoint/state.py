@@ -54,13 +54,15 @@ class State:
 
     def check(self, optimizer: Optimizer, *schedulers: object) -> None:
         """:raises UsageError: one of them, or what it trains, isn't tracked, and would begin anew after a failure."""
-        for thing in (optimizer, *schedulers):
+        averages = vars(optimizer).get("_dtrain_averages", [])
+        for thing in (optimizer, *schedulers, *averages):
             if id(thing) in self._checked:
                 continue
             if not any(thing is value for value in self.objects.values()):
+                what = "an optimizer whose EMA" if thing in averages else f"a {type(thing).__qualname__} that"
                 raise UsageError(
-                    f"step.update was given a {type(thing).__qualname__} that isn't tracked, and would begin anew "
-                    "after a failure: give it to run.track, before run.steps"
+                    f"step.update was given {what} isn't tracked, and would begin anew after a failure: give it to "
+                    "run.track, before run.steps"
                 )
             known = {id(p) for value in self.modules().values() for p in value.parameters()}
             groups = optimizer.param_groups if thing is optimizer else []
@@ -150,12 +152,13 @@ class State:
             return value.state_dict(keep_vars=True) if isinstance(value, nn.Module) else value.state_dict()
         names = list(self._parameter_names(name, value).values())
         state = value.state_dict()
-        for key in state["state"]:
-            if not isinstance(key, int):
-                raise StateError(
-                    f"{name}: a {type(value).__qualname__} keeps {key!r} among the states of its parameters, of which "
-                    "it is none; keep it in a parameter group, or in an object of its own that is tracked"
-                )
+        more: list[Any] = [key for key in state if key not in ("state", "param_groups")]
+        more += [key for key in state.get("state", ()) if not isinstance(key, int)]
+        if more:
+            raise StateError(
+                f"{name}: a {type(value).__qualname__} keeps {', '.join(map(repr, more))} beside the states of its "
+                "parameters; keep it in a parameter group, or in an object of its own that is tracked"
+            )
         return {
             "state": {names[index]: kept for index, kept in state["state"].items()},
             "param_groups": [
@@ -181,12 +184,20 @@ class State:
                     f"{name}: saved by another kind of optimizer than a {type(optimizer).__qualname__}: group {number} "
                     f"was saved without {', '.join(missing)}"
                 )
+
         # load_state_dict casts to the parameter's type; what was kept in another one comes back as it was.
+        def uncast(loaded: Any, kept: Any) -> Any:
+            if isinstance(loaded, torch.Tensor) and isinstance(kept, torch.Tensor):
+                return loaded if loaded.dtype == kept.dtype else kept.to(loaded.device)
+            if isinstance(loaded, dict) and isinstance(kept, dict):
+                return {key: uncast(value, kept.get(key)) for key, value in loaded.items()}
+            if isinstance(loaded, list | tuple) and isinstance(kept, list | tuple) and len(loaded) == len(kept):
+                return type(loaded)(map(uncast, loaded, kept))
+            return kept if isinstance(kept, str) else loaded  # it takes a text for a list of characters
+
         for parameter, parameter_name in names.items():
-            for key, value in saved["state"].get(parameter_name, {}).items():
-                found = optimizer.state[parameter].get(key)
-                if isinstance(value, torch.Tensor) and found is not None and found.dtype != value.dtype:
-                    optimizer.state[parameter][key] = value.to(found.device)
+            if parameter_name in saved["state"]:
+                optimizer.state[parameter] = uncast(optimizer.state[parameter], saved["state"][parameter_name])
 
     def _parameter_names(self, name: str, optimizer: Optimizer) -> dict[torch.Tensor, str]:
         """The optimizer's parameters in its own order, with their names in the tracked modules.

@@ -150,7 +150,7 @@ class MapData:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        return self.samples.fingerprint()
+        return self.samples.fingerprint(self.name)
 
     def position(self) -> str:
         """Tells this data set from another: its length, and what its first, middle and last sample hold.
@@ -198,15 +198,25 @@ class Samples:
         set_generators(self._seed, "sample", position)
         return self.dataset[index]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, name: str) -> str:
+        """:raises DataError: a sample isn't the same each time."""
         own, length = getattr(self.dataset, "fingerprint", None), len(self.dataset)
         if callable(own):
             return f"{length}-{own()}"
+        if self._hash([0]) != self._hash([0]):
+            raise DataError(
+                f"{name}: sample 0 is another one each time that it is loaded: the data set draws from a generator of "
+                "its own, which begins anew after a failure; draw from torch's, numpy's or Python's global one, or "
+                "define fingerprint()"
+            )
+        return f"{length}-{self._hash(sorted({0, length // 2, length - 1}))}"
+
+    def _hash(self, indexes: list[int]) -> str:
         state = xxhash.xxh3_64()
-        for index in sorted({0, length // 2, length - 1}):
+        for index in indexes:
             set_generators("fingerprint", index)  # an augmentation shows the same face each time
             _hash_sample(state, self.dataset[index])
-        return f"{length}-{state.hexdigest()}"
+        return state.hexdigest()
 
 
 def is_map_style(dataset: object) -> TypeGuard[Dataset]:
@@ -238,8 +248,9 @@ def digest_of(sample: Any) -> int | None:
 
 def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> bool:
     """:returns: whether that was all of it."""
-    if isinstance(sample, torch.Tensor):
-        sample = sample.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if sample.numel() else b""
+    if isinstance(sample, torch.Tensor) and sample.layout == torch.strided and not sample.is_nested:
+        plain = sample.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        sample = plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b""
     if isinstance(sample, np.ndarray) and sample.dtype.hasobject:
         sample = sample.tolist()
     if isinstance(sample, np.ndarray | np.generic):
@@ -256,6 +267,6 @@ def _hash_sample(state: xxhash.xxh3_64, sample: Any) -> bool:
     elif isinstance(sample, str | bytes | int | float | bool | None):
         state.update(repr(sample).encode())
     else:
-        state.update(type(sample).__qualname__.encode())  # a picture, say
+        state.update(type(sample).__qualname__.encode())  # a picture, say, or a sparse tensor
         return False
     return True

@@ -109,7 +109,10 @@ def _tree(model: Replicated, bucket: dist.GradBucket) -> torch.futures.Future[to
 
 
 def _as_in_a_bucket(gradient: torch.Tensor) -> torch.Tensor:
-    """Flat, in the order that DDP lays it down in: as it lies in memory, if it has no gaps there."""
+    """Flat, in the order that DDP lays it down in: as it lies in memory, if it has no gaps there; complex numbers as
+    pairs of real ones."""
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
     if gradient.is_contiguous():
         return gradient.view(-1)
     dense = torch.empty_like(gradient, device="meta").stride() == gradient.stride()

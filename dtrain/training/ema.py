@@ -44,6 +44,7 @@ class EMA(nn.Module):
             averages.append(local_part(average))
         self._pairs = (weights, averages)  # a tuple of lists: what nn.Module doesn't take for its own
         optimizer.register_step_post_hook(self._after)
+        vars(optimizer).setdefault("_dtrain_averages", []).append(self)  # for `State.check`
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, *_: Any) -> None:

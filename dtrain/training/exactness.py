@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import nn, optim
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.state import State, bare
+
+ELEMENTWISE = (
+    *(optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam),
+    *(optim.ASGD, optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Rprop),
+)
+"""Optimizers that work element by element: what comes of one doesn't depend on where its tensor is cut."""
 
 
 def make_deterministic(device: torch.device) -> None:
@@ -40,8 +47,16 @@ def inexact_parts(state: State, models: Iterable[nn.Module]) -> Iterator[str]:
         if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
             yield "SyncBatchNorm takes its statistics over all ranks: the result depends on their number"
     for name, value in state.objects.items():
-        if isinstance(value, Optimizer) and any(group.get("fused") for group in value.param_groups):
+        if not isinstance(value, Optimizer):
+            continue
+        if any(group.get("fused") for group in value.param_groups):
             yield f"{name}: fused optimizers round by where a tensor is cut; leave fused out with parallel='fsdp'"
+        cut = any(isinstance(parameter, DTensor) for group in value.param_groups for parameter in group["params"])
+        if cut and type(value) not in ELEMENTWISE:
+            yield (
+                f"{name}: a {type(value).__qualname__} isn't known to work element by element, and where its tensors "
+                "are cut depends on the number of ranks; take one of torch.optim's that do, or parallel='ddp'"
+            )
 
 
 def name_changed_buffers(models: Iterable[nn.Module], tell: Callable[[str], object]) -> None:
