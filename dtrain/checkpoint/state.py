@@ -110,7 +110,10 @@ class State:
             leaf: torch.Tensor | None = leaves.get(name)
             if leaf is not None and not _is_extra(name):
                 return leaf
-            parameter = parameters.get(name.rpartition(".")[0])
+            owner = name
+            while owner and owner not in parameters:  # its state may lie deep in lists and dicts
+                owner = owner.rpartition(".")[0]
+            parameter = parameters.get(owner)
             # A count of steps is kept on the CPU by every optimizer that doesn't ask for it elsewhere.
             if parameter is not None and item.shape and list(parameter.shape) == item.shape:
                 return torch.empty_like(parameter, dtype=dtype_named(item.dtype), requires_grad=False)

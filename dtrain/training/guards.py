@@ -177,7 +177,8 @@ class Watch:
             self._parameters = [named for model in self._parallel.models for named in model.module.named_parameters()]
         if not self._parameters:
             return
-        sums = [local_part(parameter).detach().sum(dtype=torch.float32) for _, parameter in self._parameters]
+        parts = [local_part(parameter).detach() for _, parameter in self._parameters]
+        sums = [(torch.view_as_real(part) if part.is_complex() else part).sum(dtype=torch.float32) for part in parts]
         finite = torch.isfinite(torch.stack(sums))
         if not finite.all():
             name = self._parameters[finite.int().argmin()][0]

@@ -75,13 +75,15 @@ def exact_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.full((), torch.nan, dtype=torch.float64, device=device)
     exponents = torch.frexp(largest).exponent.tolist()
     # A tensor's squares, as integers, add up to less than 2^62.
-    bits = [62 - max(1, gradient.numel()).bit_length() for gradient in gradients]
+    counts = [gradient.numel() * (1 + gradient.is_complex()) for gradient in gradients]
+    bits = [62 - max(1, count).bit_length() for count in counts]
     sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
     for number, (gradient, part, exponent, room) in enumerate(zip(gradients, parts, exponents, bits, strict=True)):
         if part.numel() and (not spread or _first_copy(gradient)):
             # In two factors: a power of two that is out of float32's range may still scale what is in it.
             low, high = -exponent // 2, -exponent - -exponent // 2
-            scaled = part.float().mul(2.0**low).mul_(2.0**high)
+            real = torch.view_as_real(part.resolve_conj()) if part.is_complex() else part
+            scaled = real.float().mul(2.0**low).mul_(2.0**high)
             sums[number] = scaled.square_().mul_(2.0**room).round_().to(torch.int64).sum()
     if spread:
         dist.all_reduce(sums)
