@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -138,6 +139,15 @@ def log_of(root: Path) -> Log:
     log = Log(LocalStorage(str(root)))
     log.refresh()
     return log
+
+
+def delete(root: Path, step: int) -> None:
+    """As a run does it that goes on; nothing if it has done so."""
+    if step in commits(root):
+        log, folder = log_of(root), folder_of(root, step)
+        log.claim(0.0, "x")
+        log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=step, attempt=folder.name))
+        shutil.rmtree(folder)
 
 
 def commits(root: Path) -> list[int]:

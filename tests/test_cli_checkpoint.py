@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,25 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.checkpoint import adopt, newest
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import METADATA
 from dtrain.checkpoint.log import FOLDER, Entry
+from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.sources import open_source
 from dtrain.cli import checkpoint, table, transfer
 from dtrain.observe.events import EVENTS, read_lines
 from tests import checkpoint_command
 from tests.checkpoint_command import Dtrain, model, save_steps
-from tests.saving import Kept, Saver, folder_of, log_of, save
+from tests.saving import Kept, Saver, delete, folder_of, log_of, save
 from tests.world import alone, in_world
 
 dtrain, run = checkpoint_command.dtrain, checkpoint_command.run
+NO_ROOM = "dtrain: error: {}: No space left on device; make room there, or choose another place\n"
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_ls_lists_what_is_there_and_with_all_what_was_deleted(tmp_path: Path, dtrain: Dtrain) -> None:
@@ -141,26 +148,51 @@ def test_a_tensor_that_was_cut_in_another_way_is_not_called_equal_or_changed(tmp
 def test_what_the_run_deletes_while_it_is_read_is_not_called_damaged(
     run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    def deleted(*_: object) -> None:
-        log = log_of(run)
-        log.claim(time.time(), "x")
-        log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=30, attempt=folder_of(run, 30).name))
-        shutil.rmtree(folder_of(run, 30))
-
     if command == "show":
 
         def found_then_deleted(*asked: Any) -> Entry:
             found = transfer.commit_at(*asked)
-            deleted()
+            delete(run, 30)
             return found
 
         monkeypatch.setattr(checkpoint, "commit_at", found_then_deleted)
-        code, _, err = dtrain("show", run)
+        code, _, err = dtrain("show", run, "--step", 30)
     else:
-        monkeypatch.setattr(transfer, "_bytes_of", deleted)
+        monkeypatch.setattr(transfer, "_bytes_of", lambda *_: delete(run, 30))
         code, _, err = dtrain("export", run, run.parent / "out.pt")
     assert code == 2
     assert err.endswith("the run has deleted step 30 while it was read; ask for a newer one\n")
+
+
+@pytest.mark.parametrize("command", ["show", "export", "import"])
+def test_a_newest_checkpoint_that_is_damaged_is_passed_over_with_a_word(
+    run: Path, tmp_path: Path, dtrain: Dtrain, command: str
+) -> None:
+    missing = folder_of(run, 30) / "__1_0.distcp"
+    missing.unlink()
+    to = () if command == "show" else (tmp_path / "out",)
+    code, out, err = dtrain(command, run, *to)
+    assert code == 0
+    assert folder_of(run, 20).name in out
+    assert err == f"[dtrain] checkpoint of step 30 is damaged and passed over: {missing.relative_to(run)} is missing\n"
+    code, _, err = dtrain(command, run, *to, "--step", 30)
+    assert (code, err.endswith(f"{missing.relative_to(run)} is missing\n")) == (1, True), err
+
+
+@pytest.mark.parametrize("command", ["show", "export", "import"])
+def test_what_the_run_deletes_while_it_is_opened_gives_way_to_its_newest(
+    run: Path, tmp_path: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def found_then_deleted(*asked: Any) -> Any:
+        delete(run, 30)
+        return read_manifest(*asked)
+
+    monkeypatch.setattr(newest, "read_manifest", found_then_deleted)
+    to = () if command == "show" else (tmp_path / "out",)
+    kept = folder_of(run, 20).name
+    code, out, err = dtrain(command, run, *to)
+    assert (code, err) == (0, "")
+    assert kept in out
 
 
 def test_gc_lists_leftovers_and_deletes_them_only_when_told(run: Path, dtrain: Dtrain) -> None:
@@ -224,6 +256,35 @@ def test_export_and_import_go_round(run: Path, tmp_path: Path, dtrain: Dtrain) -
     assert dtrain("export", run, tmp_path / "out", "--force")[0] == 0
 
 
+def test_an_import_never_takes_a_run_over_that_has_begun(run: Path, tmp_path: Path, dtrain: Dtrain) -> None:
+    begun = tmp_path / "begun"
+    log_of(begun).claim(time.time(), "x")
+    (begun / "config.json").write_text("{}")
+    assert dtrain("import", run, begun)[::2] == (
+        2,
+        f"dtrain: error: {begun} has a config.json: a run has begun there, and may be alive; give a new folder\n",
+    )
+    assert log_of(begun).epoch == 1
+
+
+def test_an_export_without_room_names_the_place_and_the_remedy(
+    run: Path, tmp_path: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    assert dtrain("export", run, tmp_path / "out.pt") == (2, "", NO_ROOM.format(tmp_path / "out.pt"))
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_an_import_without_room_says_so_too_and_leaves_no_half_of_a_checkpoint(
+    run: Path, tmp_path: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(adopt, "_write_item", no_room)
+        assert dtrain("import", run, tmp_path / "new") == (2, "", NO_ROOM.format(tmp_path / "new"))
+    assert list((tmp_path / "new" / CHECKPOINTS).iterdir()) == []
+    assert dtrain("import", run, tmp_path / "new")[0] == 0
+
+
 def test_a_damaged_checkpoint_ends_an_export_with_1(run: Path, tmp_path: Path, dtrain: Dtrain) -> None:
     for shard in folder_of(run, 30).glob("*.distcp"):
         shard.write_bytes(bytes(shard.stat().st_size))
@@ -252,6 +313,14 @@ def test_a_step_that_is_not_there_names_those_that_are(tmp_path: Path, dtrain: D
         assert err.endswith("has no checkpoint of step 11; there are: 20, 30\n")
     assert "deleted its checkpoint of step 10; there are: 20, 30" in dtrain("show", tmp_path / "run", "--step", 10)[2]
     assert dtrain("verify", tmp_path / "run", "--all", "--step", 20)[0] == 2
+
+
+def test_a_ranking_where_nothing_was_measured_says_where_metrics_come_from(run: Path, dtrain: Dtrain) -> None:
+    code, _, err = dtrain("best", run)
+    assert code == 2
+    assert err.endswith(
+        ": none of its checkpoints has a metric: they come from run.evaluate or run.save(metrics=...)\n"
+    )
 
 
 def test_tables_fit_a_terminal_of_80_columns(run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch) -> None:

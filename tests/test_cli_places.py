@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import uuid
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from dtrain.checkpoint import Reader
 from dtrain.checkpoint.loading import load
 from dtrain.checkpoint.sources import open_source
+from dtrain.cli.demo import Demo
 from dtrain.cli.main import main
 from dtrain.errors import ConfigError, StateError
 from dtrain.storage.places import storage_at
@@ -94,6 +96,13 @@ def test_safetensors_are_imported_and_loaded_from_a_bucket(s3: Server, tmp_path:
         open_source(f"{folder}/none.safetensors")
     with pytest.raises(ConfigError, match=r"is no run, no checkpoint and no safetensors, .*; copy other weights to a"):
         open_source(f"{folder}/weights.pt")
+
+
+def test_a_demo_on_s3_names_the_package_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "dtrain.cli.s3_server", raising=False)
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(ConfigError, match=r"^--s3 needs boto3: pip install 'dtrain\[demo\]'$"):
+        Demo(s3=True)._server(tmp_path).__enter__()
 
 
 def test_what_is_on_the_web_or_has_options_that_it_needs_none_of_is_refused_with_a_remedy(tmp_path: Path) -> None:

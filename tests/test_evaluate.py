@@ -321,7 +321,8 @@ def test_fit_is_the_loop_by_hand(tmp_path: Path) -> None:
                 model = run.parallelize(nn.Linear(FEATURES, CLASSES))
                 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
                 given: dict[str, Any] = {"loss": dtrain.Mean(F.cross_entropy), "epochs": 1} | options
-                dtrain.fit(run, model, optimizer, samples(40, 1), **given)
+                data = given.pop("data")(run) if "data" in given else samples(40, 1)
+                dtrain.fit(run, model, optimizer, data, **given)
 
         (error,) = errors(1, try_it)
         assert isinstance(error, UsageError), error
@@ -331,6 +332,7 @@ def test_fit_is_the_loop_by_hand(tmp_path: Path) -> None:
     assert "epochs='3'" in wrong(epochs="3")
     assert "give one of them" in wrong(steps=3)
     assert "takes metrics by name" in wrong(metrics=[Plain()])
+    assert "fit makes run.data itself; give it the data set" in wrong(data=lambda run: run.data(samples(40, 1)))
     assert "outputs gave a Tensor; it gives a tuple" in wrong(outputs=lambda model, batch: model(batch[0]))
     fitted = in_world(2, lambda rank: work(tmp_path / "fit", True))
     by_hand = in_world(2, lambda rank: work(tmp_path / "hand", False))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -118,12 +119,11 @@ def test_an_export_of_all_has_the_whole_tree(run: Path, tmp_path: Path) -> None:
 
 
 def test_numpy_values_become_what_weights_only_can_read(tmp_path: Path) -> None:
-    import numpy as np
-
     value = {"a": np.arange(3), "b": np.float32(0.5), "c": (1, {"d": np.ones((2, 0))}), "e": torch.ones(2), "f": {1}}
+    value |= {"g": {np.int64(2)}, "h": {np.int64(3): 4}}
     alone(lambda: save(tmp_path / "run", kept=Kept(value)))
     done = export_weights(open_source(tmp_path / "run"), tmp_path / "out.pt", name="kept")
-    assert done.converted == ["a", "b", "c.1.d"]
+    assert done.converted == ["a", "b", "c.1.d", "g", "h.3"]
     found = torch.load(tmp_path / "out.pt", weights_only=True)
     expected = {
         "a": torch.arange(3),
@@ -131,8 +131,26 @@ def test_numpy_values_become_what_weights_only_can_read(tmp_path: Path) -> None:
         "c": (1, {"d": torch.ones(2, 0, dtype=torch.float64)}),
         "e": torch.ones(2),
         "f": {1},
+        "g": {2},
+        "h": {3: 4},
     }
     assert list(differences(expected, found)) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.datetime64("2020-01-01"), r"a: a numpy datetime64\[D\] can't be read with weights_only=True"),
+        (np.longdouble(1), r"a: a numpy (float|longdouble)\d* can't be read with weights_only=True"),
+        ({frozenset({1}): 2}, r"a\.frozenset.*: a frozenset can't be read with weights_only=True"),
+        ({(1, frozenset({1}))}, r"a\.1: a frozenset can't be read with weights_only=True"),
+        (np.arange(3, dtype=">f4"), r"a: torch has no type for a numpy array of >f4"),
+    ],
+)
+def test_what_weights_only_can_not_read_is_refused_by_name(tmp_path: Path, value: Any, message: str) -> None:
+    alone(lambda: save(tmp_path / "run", kept=Kept({"a": value, "w": torch.ones(2)})))
+    with pytest.raises(StateError, match=message):
+        export_weights(open_source(tmp_path / "run"), tmp_path / "out.pt", name="kept")
 
 
 def _tensor(shape: tuple[int, ...]) -> torch.Tensor:
@@ -250,6 +268,12 @@ def test_types_that_safetensors_has_no_place_for_are_refused_by_name(tmp_path: P
         export_weights(source, tmp_path / "out.safetensors", name="kept")
     export_weights(source, tmp_path / "out.pt", name="kept")
     assert torch.load(tmp_path / "out.pt", weights_only=True)["z"].tolist() == [1, 1]
+
+
+def test_a_name_that_safetensors_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    alone(lambda: save(tmp_path / "run", kept=Kept({"\ud800": torch.ones(2)})))
+    with pytest.raises(StateError, match=r"^'\\ud800': safetensors takes no name that UTF-8 has no form of"):
+        export_weights(open_source(tmp_path / "run"), tmp_path / "out.safetensors", name="kept")
 
 
 def test_an_object_or_a_step_that_is_not_there_names_those_that_are(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from dtrain.checkpoint import Reader, load
+from dtrain.checkpoint import Reader, Writer, load, newest
 from dtrain.checkpoint.format import MANIFEST
-from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
-from tests.saving import Kept, Saver, bits, differences, folder_of
+from dtrain.checkpoint.reader import read_manifest
+from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
+from tests.saving import Kept, Saver, bits, delete, differences, folder_of
 from tests.steps_of_a_run import flip, make, objects
 from tests.world import alone, errors, in_world
 from tests.written import manifest_of, only_chunk, write
@@ -67,6 +69,31 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run: Path, tm
         load(copy, made(9), step=2)
     with pytest.raises(ConfigError, match="no good checkpoint of step 7; there are: 1, 2"):
         load(copy, made(9), step=7)
+
+
+def test_what_the_run_deletes_while_it_is_opened_gives_way_to_its_newest(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+
+    def found_then_deleted(*asked: Any) -> Any:
+        delete(copy, 2)
+        return read_manifest(*asked)
+
+    monkeypatch.setattr(newest, "read_manifest", found_then_deleted)
+    with warnings.catch_warnings(action="error"):
+        assert load(copy, made(9)).step == 1
+    with pytest.raises(ConfigError, match=r"has deleted its checkpoint of step 2; there are: 1$"):
+        load(copy, made(9), step=2)
+
+
+def test_a_step_or_patterns_of_another_kind_are_named_with_what_is_taken(run: Path) -> None:
+    with pytest.raises(UsageError, match="step='latest': give a number or 'best'; without a step it is the newest"):
+        load(run, made(9), step="latest")  # type: ignore[arg-type]
+    for option in ("only", "skip", "allow_missing", "allow_unexpected", "allow_reshaped", "allow_retyped"):
+        with pytest.raises(UsageError, match=rf"{option}=True: {option} takes patterns, such as \['model.head"):
+            load(run, made(9), **{option: True})  # type: ignore[arg-type]
 
 
 def test_of_a_step_that_was_committed_twice_the_good_copy_is_loaded(tmp_path: Path) -> None:
@@ -298,3 +325,15 @@ def test_dcp_is_told_of_a_type_that_differs_instead_of_a_silent_cast(run: Path) 
 
     with pytest.raises(Exception, match=r"model\.head\.bias: saved as float32, to be loaded into float64"):
         alone(work)
+
+
+def test_dcp_saves_into_no_folder_that_is_there_already(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        writer = Writer(tmp_path, "step-7", {"w": torch.ones(2)}, step=7)
+        dcp.save(writer.state_dict, storage_writer=writer, planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
+
+    alone(lambda: work(0))
+    before = sorted(tmp_path.rglob("*"))
+    for error in errors(2, work):
+        assert f"UsageError: {tmp_path}/step-7 is there already; give another name" in str(error)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -15,6 +15,7 @@ import dtrain
 from dtrain.elastic.process import fork
 from dtrain.errors import ConfigError, UsageError
 from dtrain.observe.events import EVENTS, read_lines
+from dtrain.training.folder import _open
 from tests.saving import commits
 from tests.scripts import run, started
 
@@ -93,6 +94,17 @@ def test_a_run_folder_of_another_config_is_refused_with_both_values(tmp_path: Pa
     )
     assert "Traceback" not in found.err
     assert (commits(tmp_path), before) == ([2], [2])
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "3", '{"seed": 0}'])
+def test_a_run_folder_whose_options_are_gone_is_refused_with_a_remedy(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    config = dtrain.Config(dir=str(tmp_path), global_batch=8, micro_batch=4)
+    message = "config.json can't be read (it doesn't hold the options of a run); bring it back or delete it"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        _open(config, [config.storage()])
+    (tmp_path / "config.json").write_text('{"global_batch": 8, "micro_batch": 4, "seed": 0}')
+    assert _open(config, [config.storage()]) == ("", 1), "of a time when there were no others"
 
 
 def test_a_path_below_a_file_is_refused_with_a_remedy(tmp_path: Path) -> None:

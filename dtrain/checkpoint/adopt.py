@@ -18,7 +18,7 @@ import torch
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import BLOCK_BYTES, BlockHasher, Part, TensorItem, json_text
 from dtrain.checkpoint.index import Indexes
-from dtrain.checkpoint.interchange import Progress, pwrite
+from dtrain.checkpoint.interchange import Progress, pwrite, room_at
 from dtrain.checkpoint.layout import Layout, Place
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.plan import local_items
@@ -27,8 +27,11 @@ from dtrain.checkpoint.state import RUN
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.errors import ConfigError
-from dtrain.storage.base import Sink
+from dtrain.storage.base import Sink, Storage
 from dtrain.storage.places import storage_at
+
+CONFIG = "config.json"
+"""What a run leaves in its folder before all else: the options that its results depend on."""
 
 
 def adopt(
@@ -47,7 +50,7 @@ def adopt(
     :param key: where in the source the weights are, as dotted names; by default where its own `name` is.
     :param storage_options: how the run folder is reached where it is a URL.
     :returns: the checkpoint's folder.
-    :raises ConfigError: the run folder has checkpoints already.
+    :raises ConfigError: the run folder has checkpoints already, or a run has begun there.
     :raises StateError: the source has nothing under that name, or what only running code could read.
     """
     key = key or name
@@ -58,15 +61,43 @@ def adopt(
     log.refresh()
     if any(entry.kind != "claim" for entry in log.entries) or log.broken:
         raise ConfigError(f"{run} has checkpoints already; give a new folder")
+    if CONFIG in storage.names("."):  # to take a living run over would cost it all its steps
+        raise ConfigError(f"{run} has a {CONFIG}: a run has begun there, and may be alive; give a new folder")
     nonce = uuid.uuid4().hex[:8]
-    claim = log.claim(time.time(), nonce)
-    attempt = f"step-{0:08d}.e{claim.epoch}.{nonce}"
-    tensors = {f"{name}.{inner}": item for inner, item in items.items()}
-    # The run's own part says that nothing has been trained yet.
-    text = json_text({RUN: {"step": 0, "samples": 0, "config": {}, "data": {}}, name: renamed(tree, "", f"{name}.")})
+    with room_at(run):
+        claim = log.claim(time.time(), nonce, after=log.epoch)
+        attempt = f"step-{0:08d}.e{claim.epoch}.{nonce}"
+        folder = f"{CHECKPOINTS}/{attempt}"
+        try:
+            # The run's own part says that nothing has been trained yet.
+            begun = {RUN: {"step": 0, "samples": 0, "config": {}, "data": {}}}
+            text = json_text(begun | {name: renamed(tree, "", f"{name}.")})
+            tensors = {f"{name}.{inner}": item for inner, item in items.items()}
+            manifest, size = _write(storage, folder, text, tensors, source, progress)
+        except BaseException:
+            storage.remove(folder)  # `gc` leaves what is of the newest epoch alone
+            raise
+        log.append(
+            Entry(
+                kind="commit",
+                epoch=claim.epoch,
+                time=time.time(),
+                nonce=nonce,
+                attempt=attempt,
+                manifest=manifest,
+                bytes=size,
+                world_size=1,
+            )
+        )
+    return folder
+
+
+def _write(
+    storage: Storage, folder: str, tree: str, tensors: Mapping[str, TensorItem], source: Source, progress: Progress
+) -> tuple[str, int]:
+    """Write a checkpoint. :returns: the digest of its manifest, and the size of all its files."""
     meta = {k: torch.empty(item.shape, dtype=dtype_named(item.dtype), device="meta") for k, item in tensors.items()}
     layout = Layout(local_items(meta, 0, 1))
-    folder = f"{CHECKPOINTS}/{attempt}"
     with storage.open_new(f"{folder}/{shard_name(0)}", layout.size) as sink:
         digests, end = [], 0
         for place in layout.places:
@@ -74,22 +105,10 @@ def adopt(
             end = place.offset + place.length
         sink.write(bytes(layout.size - end))
         part = Part(file=shard_name(0), size=layout.size, items=layout.items, digests=b"".join(digests))
-        part = with_values(part, pickled(text), sink)
+        part = with_values(part, pickled(tree), sink)
     indexes = Indexes()
-    manifest = indexes.write(storage, folder, [part], step=0, world_size=1, tree=text, tensors=[layout.tensors])
-    log.append(
-        Entry(
-            kind="commit",
-            epoch=claim.epoch,
-            time=time.time(),
-            nonce=nonce,
-            attempt=attempt,
-            manifest=manifest,
-            bytes=part.size + indexes.bytes,
-            world_size=1,
-        )
-    )
-    return folder
+    manifest = indexes.write(storage, folder, [part], step=0, world_size=1, tree=tree, tensors=[layout.tensors])
+    return manifest, part.size + indexes.bytes
 
 
 def _write_item(sink: Sink, place: Place, gap: int, item: TensorItem, source: Source, progress: Progress) -> bytes:
@@ -119,7 +138,7 @@ def _in_order(item: TensorItem, source: Source) -> Iterator[memoryview]:
         for chunk in boxes:
             yield from (data for _, data in source.payload(item, chunk))
         return
-    with tempfile.TemporaryFile() as file:
+    with room_at(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
         for chunk in boxes:
             for where, data in source.in_tensor(item, chunk):
                 pwrite(file.fileno(), data, where)

@@ -10,6 +10,7 @@ doesn't grow with the model, nor with the ways in which ranks have cut a tensor.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def export_weights(
         )
     if destination.suffix not in TORCH_SUFFIXES:
         left_out = [key for key, (_, leaf) in leaves_of(tree).items() if not isinstance(leaf, torch.Tensor)]
-    with _appearing(destination, folder=folder, force=force) as half:
+    with room_at(destination), _appearing(destination, folder=folder, force=force) as half:
         for file in files:
             _write(half / file.name if folder else half, file, source, progress)
     return Exported(
@@ -130,6 +131,8 @@ def _safetensors(file: str, items: Mapping[str, TensorItem], step: int) -> _File
         kind = TYPES.get(dtype_named(item.dtype))
         if kind is None:
             raise StateError(f"{key}: safetensors has no type for torch.{item.dtype}; export to a .pt file instead")
+        if key.encode(errors="replace").decode() != key:
+            raise StateError(f"{key!r}: safetensors takes no name that UTF-8 has no form of; export to a .pt file")
         begin, end = end, end + _nbytes(item)
         header[key] = {"dtype": kind, "shape": item.shape, "data_offsets": [begin, end]}
         places.append((item, begin))
@@ -183,18 +186,25 @@ def _torch_save(file: str, items: Mapping[str, TensorItem], tree: Tree, converte
                 return hole(value.item.shape, dtype_named(value.item.dtype), value.item)
             case np.generic():
                 converted.append(path)
+                if not isinstance(value.item(), bool | int | float | complex | str | bytes):
+                    raise StateError(
+                        f"{path}: a numpy {value.dtype} can't be read with weights_only=True; leave it out of the state"
+                    )
                 return value.item()
             case np.ndarray():
                 converted.append(path)
                 try:
                     dtype = torch.from_numpy(np.empty(0, value.dtype)).dtype
-                except TypeError as error:
+                except (TypeError, ValueError) as error:
                     raise StateError(f"{path}: torch has no type for a numpy array of {value.dtype}") from error
                 return hole(value.shape, dtype, value.tobytes())
             case frozenset():
                 raise StateError(f"{path}: a frozenset can't be read with weights_only=True; leave it out of the state")
+            case set():
+                return {plain(inner, path) for inner in value}
             case dict():
-                return {key: plain(inner, f"{path}.{key}".strip(".")) for key, inner in value.items()}
+                named = {key: f"{path}.{key}".strip(".") for key in value}
+                return {plain(key, named[key]): plain(inner, named[key]) for key, inner in value.items()}
             case torch.Size():
                 return value
             case list() | tuple():
@@ -249,6 +259,17 @@ def pwrite(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(descriptor, data, offset)
         data, offset = data[done:], offset + done
+
+
+@contextlib.contextmanager
+def room_at(place: object) -> Iterator[None]:
+    """:raises OSError: there isn't any left; it says where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"{place}: {os.strerror(error.errno)}; make room there, or choose another place") from error
 
 
 @contextlib.contextmanager

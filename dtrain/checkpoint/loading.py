@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,12 +25,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.format import Manifest
-from dtrain.checkpoint.log import FOLDER, Log
 from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
 from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors
-from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX
-from dtrain.checkpoint.sources import WEB, Source, of_commit, open_source
+from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
@@ -81,7 +78,7 @@ def load(
     :param allow_reshaped: patterns of what may have another shape now; it stays as it is.
     :param allow_retyped: patterns of what may have another type now; it is converted.
     :param storage_options: how a URL is reached, see `Config.storage_options`.
-    :raises UsageError: the objects aren't given by names.
+    :raises UsageError: the objects aren't given by names, or an option is of another kind.
     :raises ConfigError: there is nothing of the kind, or the options aren't for it.
     :raises StateError: something differs and isn't allowed, or a pattern matches nothing; nothing has changed then.
     :raises NoGoodCheckpoint: the run has no checkpoint that is good.
@@ -92,18 +89,18 @@ def load(
             f"load(source, {type(objects).__qualname__}): give the objects by the names that they were tracked under, "
             "such as {'model': model}"
         )
+    chosen = _Choice(_patterns("only", only), _patterns("skip", skip))
+    allowed = {
+        "missing": _patterns("allow_missing", allow_missing),
+        "unexpected": _patterns("allow_unexpected", allow_unexpected),
+        "reshaped": _patterns("allow_reshaped", allow_reshaped),
+        "retyped": _patterns("allow_retyped", allow_retyped),
+    }
     state = State()
     state.track(objects)
     found = find(source, step, storage_options)
     manifest = found.manifest
-    allowed = {
-        "missing": _patterns(allow_missing),
-        "unexpected": _patterns(allow_unexpected),
-        "reshaped": _patterns(allow_reshaped),
-        "retyped": _patterns(allow_retyped),
-    }
     differences = state.differences(manifest)
-    chosen = _Choice(_patterns(only), _patterns(skip))
     names = _names({name: state.state_of(name) for name in objects}) | objects.keys()
     names |= _names({name: _decoded(manifest)[name] for name in objects if name in manifest.tree})
     names |= {difference.name for difference in differences}
@@ -148,6 +145,8 @@ def find(
 
     :raises: see `open_source`.
     """
+    if isinstance(step, str) and step != "best":
+        raise UsageError(f"step={step!r}: give a number or 'best'; without a step it is the newest good one")
     if storage_options and not is_remote(source):
         raise ConfigError(f"storage_options ({', '.join(storage_options)}) are for a URL, and {source} is none")
     if not _several_ranks():
@@ -170,33 +169,14 @@ def _find(
     if step == "best":
         step = best_step(storage_at(path, storage_options))
     try:
-        if not _is_run(path, storage_options):
-            return open_source(path, step=step, storage_options=storage_options)
+        found = open_source(path, step=step, storage_options=storage_options)
     except Damaged as error:
-        raise NoGoodCheckpoint(f"{path} has no good checkpoint: {error}; bring the files back") from error
-    log = Log(storage_at(path, storage_options))
-    log.refresh()
-    commits = [commit for commit in reversed(log.commits()) if step in (None, commit.step)]
-    if step is not None and not commits:
-        return open_source(path, step=step, storage_options=storage_options)  # which says what there is
-    reasons = []
-    for commit in commits:
-        try:
-            return of_commit(storage_at(path, storage_options), commit)
-        except Damaged as error:
-            reasons.append(f"step {commit.step}: {error}")
-            if len(commits) > 1:
-                warnings.warn(f"checkpoint of step {commit.step} is damaged and passed over: {error}", stacklevel=4)
-    why = ": ".join([f"{path} has no good checkpoint", "\n  ".join(reasons)] if reasons else [f"{path} has none yet"])
-    raise NoGoodCheckpoint(f"{why}; take another step, or bring the files back")
-
-
-def _is_run(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None) -> bool:
-    if not is_remote(path):
-        return (Path(path) / FOLDER).is_dir()
-    if os.fspath(path).startswith(WEB) or os.fspath(path).endswith((SUFFIX, INDEX_SUFFIX)):
-        return False
-    return FOLDER in storage_at(path, storage_options).names(".")
+        raise NoGoodCheckpoint(
+            f"{path} has no good checkpoint: {error}; take another step, or bring the files back"
+        ) from error
+    for text in found.passed_over:
+        warnings.warn(text, stacklevel=4)
+    return found
 
 
 class _Choice:
@@ -324,8 +304,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _patterns(given: Iterable[str]) -> list[str]:
-    return [given] if isinstance(given, str) else list(given)
+def _patterns(option: str, given: Iterable[str]) -> list[str]:
+    """:raises UsageError: they are none."""
+    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise UsageError(f"{option}={given!r}: {option} takes patterns, such as ['model.head.*']")
+    return patterns
 
 
 def _check_patterns(option: str, patterns: Iterable[str], names: Iterable[str], place: str) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ import torch
 from dtrain.checkpoint.catalog import CHECKPOINTS, epoch_of
 from dtrain.checkpoint.foreign import Made, read_stock
 from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, TensorItem, hash_item
-from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.log import FOLDER, Log
+from dtrain.checkpoint.newest import newest_good
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.records import load_plain
 from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX, read_safetensors
@@ -54,6 +55,8 @@ class Source:
     manifest: Manifest
     refused: Mapping[str, str] = field(default_factory=dict)
     """Values that are left out, since only running code would give them, each with the reason."""
+    passed_over: Sequence[str] = ()
+    """Of newer checkpoints of the run that are damaged, each in a sentence."""
 
     def blocks(self, piece: Piece | Chunk) -> Iterator[tuple[int, memoryview]]:
         """An item's bytes, block by block, each with its place in the item; they hold until the next is asked for.
@@ -154,7 +157,7 @@ def open_source(
 ) -> Source:
     """Open what may hold weights, by looking at it.
 
-    :param step: which checkpoint of a run folder; without it the newest one.
+    :param step: which checkpoint of a run folder; without it the newest good one.
     :param name: what weights are called that have no name of their own, as those of safetensors.
     :param storage_options: how a URL is reached, see `Config.storage_options`.
     :raises ConfigError: there is nothing of the kind, or no such step.
@@ -217,26 +220,16 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
 
 
 def _of_run(storage: Storage, step: int | None) -> Source:
-    path = storage.root
-    log = Log(storage)
-    log.refresh()
-    commits = log.commits()
-    if step is not None:
-        known = ", ".join(str(entry.step) for entry in commits) or "none"
-        commits = [entry for entry in commits if entry.step == step]
-        if not commits:
-            raise ConfigError(f"{path} has no good checkpoint of step {step}; there are: {known}")
-    if not commits:
-        raise NoGoodCheckpoint(f"{path} has no good checkpoint")
-    return of_commit(storage, commits[-1])
+    commit, manifest, passed_over = newest_good(storage, Log(storage), step)
+    return _committed(storage, commit.attempt, manifest, passed_over)
 
 
-def of_commit(storage: Storage, commit: Entry) -> Source:
-    """:raises Damaged: the manifest isn't the one that was committed, or a file is missing or has another size."""
-    folder = f"{CHECKPOINTS}/{commit.attempt}"
-    _, manifest = read_manifest(storage, folder, MANIFEST, commit.manifest)
+def _committed(storage: Storage, attempt: str, manifest: Manifest, passed_over: Sequence[str] = ()) -> Source:
+    folder = f"{CHECKPOINTS}/{attempt}"
     place = f"{storage.root}/{folder}"
-    return Source(place=place, kind="checkpoint", storage=storage, folder=folder, manifest=manifest)
+    return Source(
+        place=place, kind="checkpoint", storage=storage, folder=folder, manifest=manifest, passed_over=passed_over
+    )
 
 
 def _of_checkpoint(path: Path) -> Source:
@@ -258,7 +251,8 @@ def _of_attempt(storage: Storage, attempt: str) -> Source:
             raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} failed its check: {entry.reason}")
     for entry in log.commits():
         if entry.attempt == attempt:
-            return of_commit(storage, entry)
+            _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{attempt}", MANIFEST, entry.manifest)
+            return _committed(storage, attempt, manifest)
     raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} was never committed, or is about to be deleted")
 
 

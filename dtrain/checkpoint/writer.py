@@ -27,6 +27,7 @@ from dtrain.checkpoint.format import BlockHasher, Part, json_text, tensors_to_js
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.tree import dtype_name, encode, flatten, leaves_of
+from dtrain.errors import UsageError
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.places import storage_at
 
@@ -62,6 +63,8 @@ class Writer(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._rank = kwargs.get("rank", 0)
+        if shard_name(self._rank) in self._storage.files(self._folder):
+            raise UsageError(f"{self._storage.root}/{self._folder} is there already; give another name")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan

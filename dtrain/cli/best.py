@@ -75,18 +75,22 @@ class Best:
     def _criterion(self, storage: Storage, log: Log) -> Criterion:
         """:raises StateError: it isn't known what to go by."""
         known = sorted({name for entry in log.commits() for name in entry.metrics})
+        if not known:
+            raise StateError(
+                f"{self.folder}: none of its checkpoints has a metric: they come from run.evaluate or "
+                "run.save(metrics=...)"
+            )
         by = criterion_of(storage, log)
         metric, mode = self.metric or (by.metric if by else None), self.mode
         if mode is None and by is not None and by.metric == metric:
             mode = by.mode
         if metric is not None and metric not in known:
-            have = ", ".join(known) or "no metrics"
-            raise StateError(f"{self.folder}: no checkpoint has {metric!r}; they have: {have}")
+            raise StateError(f"{self.folder}: no checkpoint has {metric!r}; they have: {', '.join(known)}")
         if metric is None or mode is None:
             what = "which metric" if metric is None else f"whether more of {metric}"
             raise StateError(
                 f"{self.folder}: the run doesn't say {what} is better; give --metric and --mode (its checkpoints have: "
-                f"{', '.join(known) or 'no metrics'})"
+                f"{', '.join(known)})"
             )
         return Criterion(metric, mode, k=max(1, len(log.commits())), on_training=True)
 

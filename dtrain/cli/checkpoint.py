@@ -22,6 +22,7 @@ from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.compare import compare, plain_values
 from dtrain.checkpoint.format import MANIFEST, Chunk, Manifest
 from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.newest import newest_good
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.sources import tensor_names
 from dtrain.checkpoint.tree import dtype_named
@@ -30,6 +31,7 @@ from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
 from dtrain.cli.transfer import Export, Import, RunArg, StorageOptions, Verify, commit_at, open_run, still_there
 from dtrain.errors import Damaged
+from dtrain.observe.events import say
 from dtrain.storage.base import Storage
 
 _MOST_SHOWN = 40
@@ -159,8 +161,13 @@ class Show:
 
     def run(self) -> int:
         storage, log = open_run(self.folder, self.storage_option)
-        commit = commit_at(self.folder, log, self.step)
-        manifest = _manifest(storage, commit)
+        if self.step is None:
+            commit, manifest, passed_over = newest_good(storage, log)
+            for text in passed_over:
+                say(text)
+        else:
+            commit = commit_at(self.folder, log, self.step)
+            manifest = _manifest(storage, commit)
         tensors = [t for t in _tensors(manifest) if fnmatch.fnmatchcase(t["name"], self.tensors or "*")]
         values = {k: v for k, v in plain_values(manifest).items() if fnmatch.fnmatchcase(k, self.values or "*")}
         objects, files = list(_objects(manifest)), list(_files(manifest))

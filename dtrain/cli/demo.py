@@ -144,8 +144,10 @@ class Demo:
         if not self.s3:
             yield
             return
-        from dtrain.cli.s3_server import seaweed  # which needs more than the rest
-
+        try:
+            from dtrain.cli.s3_server import seaweed  # which needs more than the rest
+        except ImportError as error:
+            raise ConfigError(f"--s3 needs {error.name}: pip install 'dtrain[demo]'") from error
         with seaweed(folder / "server") as server:
             os.environ |= server.environment
             _print(f"S3 server: SeaweedFS on {server.url}\n")

@@ -22,6 +22,7 @@ from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
+from dtrain.observe.events import say
 from dtrain.storage.base import Storage
 from dtrain.storage.places import is_remote, storage_at
 
@@ -207,7 +208,7 @@ class Export:
         if re.match(r"\w+:/", str(self.destination)):
             raise ConfigError(f"{self.destination}: an export goes to a disk; copy it from there")
         options = reached(self.storage_option, self.source)
-        source = open_source(self.source, step=self.step, name=self.object, storage_options=options)
+        source = _opened(self.source, step=self.step, name=self.object, storage_options=options)
         started = time.monotonic()
         size = _bytes_of(source, "" if self.all else self.object)
         with still_there(source.storage, source.folder), bar("export", size) as progress:
@@ -257,7 +258,7 @@ class Import:
     """Where in the source the weights are, such as 'state_dict' or 'checkpoint.model'."""
 
     step: int | None = None
-    """Which checkpoint, if the source is a run folder."""
+    """Which checkpoint, if the source is a run folder. By default the newest good one."""
 
     storage_option: StorageOptions = ()
 
@@ -267,7 +268,7 @@ class Import:
     def run(self) -> int:
         options = reached(self.storage_option, self.source, self.folder)
         key = self.key or self.object
-        source = open_source(self.source, step=self.step, name=key, storage_options=options)
+        source = _opened(self.source, step=self.step, name=key, storage_options=options)
         started = time.monotonic()
         size = _bytes_of(source, key)
         with still_there(source.storage, source.folder), bar("import", size) as progress:
@@ -282,6 +283,14 @@ class Import:
         if left_out:
             print(f"left out, as it isn't in {key}: {_some(left_out)}")
         return 0
+
+
+def _opened(path: str, **asked: Any) -> Source:
+    """See `open_source`."""
+    source = open_source(path, **asked)
+    for text in source.passed_over:
+        say(text)
+    return source
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from dtrain.errors import ConfigError
 
 OPTIONS = ("client", "endpoint_url", "region", "profile", "path_style", "timeout_s")
 """What `storage_options` may hold."""
+_MOST_S = 1_000_000_000
+"""What clients and clocks can reckon with."""
 
 
 def split(root: str) -> tuple[str, str]:
@@ -39,8 +41,13 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"storage_options[{name!r}] is unknown; there are: {', '.join(OPTIONS)}")
         if name == "endpoint_url":
             addressed({name: value})
-        if name == "timeout_s" and (not isinstance(value, int | float) or isinstance(value, bool) or not value > 0):
-            raise ConfigError(f"storage_options['timeout_s']={value!r} must be a number of seconds above zero")
+        if name == "path_style" and not isinstance(value, bool):
+            raise ConfigError(f"storage_options['path_style']={value!r} must be true or false")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "timeout_s" and not (number and 0 < value <= _MOST_S):
+            raise ConfigError(
+                f"storage_options['timeout_s']={value!r} must be a number of seconds above zero, at most {_MOST_S}"
+            )
     return dict(options)
 
 
@@ -51,9 +58,9 @@ def addressed(options: Mapping[str, Any]) -> dict[str, Any]:
         options.get("endpoint_url") or environment("AWS_ENDPOINT_URL_S3") or environment("AWS_ENDPOINT_URL") or None
     )
     region = options.get("region") or environment("AWS_REGION") or environment("AWS_DEFAULT_REGION")
-    if endpoint and "@" in urlsplit(str(endpoint)).netloc:
+    if endpoint and re.match(r"(\w*:?//)?[^/]*@", str(endpoint)):
         raise ConfigError("the endpoint's URL must not hold a user's name or password")
-    if endpoint and not re.fullmatch(r"https?://[^\s/]+/?\S*", str(endpoint)):
+    if endpoint and not _is_address(str(endpoint)):
         raise ConfigError(f"endpoint_url={endpoint!r} must be like https://host or http://host:port")
     if not region and (options.get("profile") or environment("AWS_PROFILE")):
         import boto3
@@ -66,6 +73,14 @@ def addressed(options: Mapping[str, Any]) -> dict[str, Any]:
     # Servers other than AWS's seldom have a name for each bucket.
     path_style = options.get("path_style", endpoint is not None)
     return {"endpoint_url": endpoint, "region": region or "us-east-1", "path_style": path_style}
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(re.fullmatch(r"https?://[^\s/]+/?\S*", url) and parts.hostname and parts.port != 0)
+    except ValueError:  # in its brackets, or its port
+        return False
 
 
 def credentials(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,8 +107,8 @@ def credentials(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"no AWS credentials: {error}") from error
     if found is None:
         raise ConfigError(
-            "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a profile "
-            "(storage_options={'profile': ...} or AWS_PROFILE), or give the machine a role"
+            "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, name a profile (AWS_PROFILE, "
+            "storage_options={'profile': ...}, --storage-option profile=...), or give the machine a role"
         )
     return {"credential_provider": Boto3CredentialProvider(session)}
 

@@ -19,10 +19,11 @@ from torch.utils.data import default_collate
 
 from dtrain.config import Interval
 from dtrain.errors import UsageError
-from dtrain.training.data import Collate, Dataset, is_map_style
+from dtrain.training.data import Collate, Dataset, MapData, is_map_style
 from dtrain.training.ema import EMA
 from dtrain.training.evaluate import Mean, Metric, Outputs, pair
 from dtrain.training.run import Run
+from dtrain.training.stream import Stream
 
 AfterEvaluation = Callable[[int, dict[str, Any]], None]
 
@@ -79,6 +80,8 @@ def fit(
     every = Interval.parse(evaluate_every, "evaluate_every")
     if every.unit not in ("steps", "epochs"):
         raise UsageError(f"fit(evaluate_every={evaluate_every!r}) takes steps or epochs, which come at the same place")
+    if isinstance(data, MapData | Stream):
+        raise UsageError("fit(data=run.data(...)): fit makes run.data itself; give it the data set")
     if not is_map_style(data) and (epochs is not None or (val is not None and every.unit == "epochs")):
         raise UsageError("fit: an iterable data set has no epochs; give steps=, and evaluate_every= in steps")
     batch = run.config.global_batch

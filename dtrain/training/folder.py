@@ -11,13 +11,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from dtrain.checkpoint.adopt import CONFIG
 from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
 from dtrain.config import SAME_BITS, Config
 from dtrain.errors import ConfigError
 from dtrain.observe.events import say
 from dtrain.storage.base import Storage
 
-CONFIG = "config.json"
 _NEW: dict[str, Any] = {"precision": "fp32", "reduction": "fast", "tf32": False}
 """What runs were that began before there was a choice."""
 _RUN = "run"
@@ -101,6 +101,8 @@ def _kept(storage: Storage, options: dict[str, Any]) -> dict[str, Any]:
         data = storage.read(CONFIG)
     try:
         found: dict[str, Any] = json.loads(data)
+        if not isinstance(found, dict) or not options.keys() - {_RUN} <= found.keys() | _NEW.keys():
+            raise ValueError("it doesn't hold the options of a run")
     except ValueError as error:
         raise ConfigError(f"{storage.root}/{CONFIG} can't be read ({error}); bring it back or delete it") from error
     return found
