@@ -13,6 +13,7 @@ import pytest
 
 from dtrain.checkpoint.format import MANIFEST, METADATA, VERSION, Manifest, digest
 from dtrain.checkpoint.log import Entry
+from dtrain.checkpoint.sources import open_source
 from dtrain.errors import NoGoodCheckpoint, StateError
 from tests.saving import Saver, bad, bits, commits, differences, folder_of, warnings
 from tests.steps_of_a_run import contents, flip, make, objects, restored, spoil
@@ -164,6 +165,7 @@ def test_files_that_were_away_count_again_when_they_are_back(tmp_path: Path) -> 
         assert isinstance(error, NoGoodCheckpoint)
     shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
     (tmp_path / "away").rename(tmp_path / "run" / "checkpoints")
+    assert open_source(tmp_path / "run").manifest.step == 20
     assert alone(lambda: restored(tmp_path / "run")) == 20
     assert [entry.step for entry in bad(tmp_path / "run")] == [20, 10]
 

@@ -200,9 +200,11 @@ def _decode(data: bytes, number: int) -> Entry:
     try:
         document = json.loads(data)
         fields = document["entry"]
-        place = {"number": number} if "number" in document else {}  # there was none at first
+        place = {"number": document["number"]} if "number" in document else {}  # there was none at first
         if document["digest"] != _digest(fields | place):
             raise ValueError("its digest doesn't match")
+        if place.get("number", number) != number:
+            raise ValueError(f"it is that of number {place['number']}")
         return Entry(**fields, number=number)
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(f"no log entry ({error})") from error

@@ -11,7 +11,8 @@ from dtrain.storage.base import Storage
 
 
 def newest_good(storage: Storage, log: Log, step: int | None = None) -> tuple[Entry, Manifest, list[str]]:
-    """The newest commit whose manifest and sizes are right, with what there is to say of newer ones.
+    """The newest commit whose manifest and sizes are right, with what there is to say of newer ones. One that was found
+    bad before is taken where there is no other: what couldn't be read may be back, and every byte is checked.
 
     :param step: only those of this step.
     :raises ConfigError: there is none of this step.
@@ -20,7 +21,11 @@ def newest_good(storage: Storage, log: Log, step: int | None = None) -> tuple[En
     """
     log.refresh()
     damaged: dict[str, tuple[int, str]] = {}
-    while commits := [c for c in log.commits() if step in (None, c.step) and c.attempt not in damaged]:
+    while commits := [
+        commit
+        for commit in (*log.found_bad(), *log.commits())
+        if step in (None, commit.step) and commit.attempt not in damaged
+    ]:
         commit = commits[-1]
         try:
             _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{commit.attempt}", MANIFEST, commit.manifest)
