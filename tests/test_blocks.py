@@ -1,14 +1,18 @@
-"""Reading tensors by blocks: which bytes are read for a part of one, and that each is checked."""
+"""Reading tensors by blocks: which bytes are read for a part of one, that each is checked, and for one tensor once."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
 
+from dtrain.checkpoint import Reader, load
 from dtrain.checkpoint.blocks import Want, read_blocks
 from dtrain.checkpoint.format import BLOCK_BYTES, Chunk
 from dtrain.checkpoint.reader import load_tensors
@@ -16,8 +20,8 @@ from dtrain.errors import Damaged, StateError
 from dtrain.storage.local import LocalStorage
 from tests.saving import bits
 from tests.steps_of_a_run import flip
-from tests.world import alone
-from tests.written import in_blocks_of, manifest_of, only_chunk, write_tree
+from tests.world import Raised, alone
+from tests.written import in_blocks_of, manifest_of, only_chunk, write, write_tree
 
 LARGE = 3 * BLOCK_BYTES // 4 + 1000
 """Elements of a float32 tensor that takes up a bit more than three blocks."""
@@ -183,6 +187,18 @@ def test_chunks_that_leave_something_out_are_found(large: Path) -> None:
         load_tensors(LocalStorage(str(large)), ".", manifest, {"large": torch.zeros(LARGE)})
 
 
+@pytest.mark.parametrize("offset", [0, 1, LARGE // 2 - 1])
+def test_chunks_that_overlap_are_found_though_their_elements_are_as_many_as_are_needed(
+    large: Path, offset: int
+) -> None:
+    manifest = manifest_of(large)
+    item = manifest.tensors["large"]
+    halves = [item.chunks[0]._replace(offsets=[start], sizes=[LARGE // 2]) for start in (0, offset)]
+    manifest.tensors["large"] = item._replace(chunks=halves)
+    with pytest.raises(Damaged, match="the chunks of large leave out 0 of the elements that are needed, or overlap"):
+        load_tensors(LocalStorage(str(large)), ".", manifest, {"large": torch.zeros(LARGE)})
+
+
 def test_elements_of_different_sizes_without_a_gap_between_them_find_their_places(tmp_path: Path) -> None:
     """As other programs write them: nothing is aligned. Targets with gaps, so that all of it is copied."""
     flags, values = torch.tensor([True, False, True]), numbers(4)
@@ -194,3 +210,49 @@ def test_elements_of_different_sizes_without_a_gap_between_them_find_their_place
     ]
     assert read_blocks(LocalStorage(str(tmp_path)), ".", wants, BLOCK_BYTES) == 19
     assert (targets[0][:, 1].tolist(), targets[1][:, 1].tolist()) == (flags.tolist(), values.tolist())
+
+
+class Pair(nn.Module):
+    """Two weights, which may be one."""
+
+    def __init__(self, seed: int, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+FORMS: dict[str, Callable[[Path, nn.Module], object]] = {
+    "checkpoint": lambda path, model: alone(lambda: write(path, model=model)),
+    "stock": lambda path, model: dcp.save({"model": dict(model.state_dict())}, checkpoint_id=path, no_dist=True),
+    "torch": lambda path, model: torch.save(model.state_dict(), path),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_tied_now_are_loaded_if_they_were_the_same(tmp_path: Path, form: str) -> None:
+    FORMS[form](tmp_path / "tied", one := Pair(1, tied=True))
+    FORMS[form](tmp_path / "apart", two := Pair(2, tied=False))
+    for model in (Pair(3, tied=True), Pair(3, tied=False)):
+        load(tmp_path / "tied", {"model": model})
+        assert bits(model.a.weight) == bits(model.b.weight) == bits(one.a.weight)
+    model = Pair(3, tied=True)
+    with pytest.raises(StateError, match=r"model\.a\.weight and model\.b\.weight are one tensor now, and two differ"):
+        load(tmp_path / "apart", {"model": model})
+    assert bits(model.a.weight) == bits(Pair(3, tied=True).a.weight)
+    load(tmp_path / "apart", {"model": model}, skip="model.a.weight")
+    assert bits(model.a.weight) == bits(two.b.weight)
+
+
+def test_dcp_loads_tied_weights_through_a_reader_if_they_were_the_same(tmp_path: Path) -> None:
+    def loaded(path: Path) -> bytes:
+        model = Pair(3, tied=True)
+        dcp.load({"model": dict(model.state_dict())}, storage_reader=Reader.open(path))
+        return bits(model.a.weight)
+
+    for name in ("tied", "apart"):
+        alone(lambda name=name: write(tmp_path / name, model=Pair(1, tied=name == "tied")))  # type: ignore[misc]
+    assert alone(lambda: loaded(tmp_path / "tied")) == bits(Pair(1, tied=True).a.weight)
+    with pytest.raises(Raised, match=r"model\.a\.weight and model\.b\.weight are one tensor now"):
+        alone(lambda: loaded(tmp_path / "apart"))

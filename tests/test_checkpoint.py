@@ -376,6 +376,25 @@ def test_an_optimizer_that_keeps_more_than_its_parameters_states_is_named() -> N
         state.tree({})
 
 
+@pytest.mark.parametrize("form", ["buffer", "parameter"])
+def test_a_tensor_that_was_expanded_is_refused_before_it_is_saved_or_loaded(tmp_path: Path, form: str) -> None:
+    def made(expanded: bool) -> nn.Module:
+        model = nn.Linear(2, 2)
+        scale = torch.ones(1).expand(5) if expanded else torch.zeros(5)
+        model.register_buffer("scale", scale) if form == "buffer" else setattr(model, "scale", nn.Parameter(scale))
+        return model
+
+    def work() -> None:
+        with pytest.raises(StateError, match=r"model\.scale: nothing can be loaded into an expanded tensor"):
+            save(tmp_path, model=made(expanded=True))
+        save(tmp_path, model=made(expanded=False))
+        with pytest.raises(StateError, match=r"model\.scale: .*; keep its \.contiguous\(\) in the module"):
+            load(tmp_path, {"model": made(expanded=True)})
+        load(tmp_path, {"model": made(expanded=True)}, skip="model.scale")
+
+    alone(work)
+
+
 def test_metrics_that_are_too_many_for_a_message_are_refused() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     slots = Slots()

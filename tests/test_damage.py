@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dtrain.checkpoint.format import MANIFEST, METADATA, VERSION, Manifest, digest
 from dtrain.checkpoint.log import Entry
 from dtrain.checkpoint.sources import open_source
-from dtrain.errors import NoGoodCheckpoint, StateError
+from dtrain.errors import Damaged, NoGoodCheckpoint, StateError
 from tests.saving import Saver, bad, bits, commits, differences, folder_of, warnings
 from tests.steps_of_a_run import contents, flip, make, objects, restored, spoil
 from tests.world import alone, errors, in_world
+from tests.written import write_tree
 
 
 def test_a_flipped_byte_anywhere_is_detected_or_lies_where_nothing_is_read(tmp_path: Path) -> None:
@@ -243,6 +245,24 @@ def _with_manifest(root: Path, step: int, change: Callable[[dict[str, Any]], Non
         )
 
     alone(commit)
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_of_a_copy_is_detected(tmp_path: Path) -> None:
+    """No run's log has a digest of it."""
+    state = {"cut": torch.arange(8.0).reshape(4, 2), "lr": 0.001}
+    copy = alone(lambda: write_tree(tmp_path / "run", state)).rename(tmp_path / "copy")
+    data = (copy / MANIFEST).read_bytes()
+    for place in {*range(0, len(data), 9), *range(len(data) - 60, len(data))}:
+        broken = bytearray(data)
+        broken[place] ^= 1 << place % 7
+        (copy / MANIFEST).write_bytes(broken)
+        with pytest.raises((Damaged, StateError), match="manifest"):
+            open_source(copy)
+    earlier = data[: data.rindex(b',"digest"')] + b"}"
+    (copy / MANIFEST).write_bytes(earlier)
+    assert open_source(copy).manifest == Manifest.from_json(data)
+    with pytest.raises(Damaged, match="no manifest that can be read"):
+        Manifest.from_json(json.dumps(json.loads(data) | {"files": []}).encode())
 
 
 def test_a_manifest_of_a_newer_version_is_refused_and_the_checkpoint_stays_good(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,9 +19,10 @@ from dtrain.checkpoint import Reader, Writer, load, newest
 from dtrain.checkpoint.format import MANIFEST
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
+from dtrain.storage.local import LocalStorage
 from tests.saving import Kept, Saver, bits, delete, differences, folder_of
 from tests.steps_of_a_run import flip, make, objects
-from tests.world import alone, errors, in_world
+from tests.world import Raised, alone, errors, in_world
 from tests.written import manifest_of, only_chunk, write
 
 
@@ -298,6 +301,43 @@ def test_more_than_twenty_differences_are_counted(run: Path) -> None:
         load(run, {"model": objects["model"]})
 
 
+@pytest.mark.parametrize(
+    ("of_rank_1", "kind", "message"),
+    [
+        (lambda run: load(run, {"model": nn.Linear(7, 7)}), StateError, "rank 1: the objects are not what was saved"),
+        (lambda run: load(run, {"a.b": made(9)["model"]}), UsageError, "rank 1: track('a.b'): a name has no dots"),
+        (lambda run: load(run, {1: Kept()}), UsageError, "rank 1: track(1): a name is a text"),  # type: ignore[dict-item]
+        (lambda run: out_of_reach(lambda: load(run, {"model": made(9)["model"]})), OSError, "rank 1: [Errno 13] not"),
+    ],
+)
+def test_what_one_rank_meets_is_raised_by_all_at_once(
+    run: Path, of_rank_1: Callable[[Path], object], kind: type[Exception], message: str
+) -> None:
+    before = bits(made(9)["model"].head.weight)
+
+    def work(rank: int) -> None:
+        model = made(9)["model"]
+        try:
+            of_rank_1(run) if rank else load(run, {"model": model})
+        finally:
+            assert kind is OSError or bits(model.head.weight) == before
+
+    for error in errors(2, work, timeout_s=10):
+        assert type(error) is kind
+        assert str(error).startswith(message)
+
+
+def out_of_reach(work: Callable[[], object]) -> object:
+    """Do it on a disk of which no tensor can be read."""
+
+    def read_into(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "not yours", "file")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalStorage, "read_into", read_into)
+        return work()
+
+
 # DCP
 
 
@@ -316,6 +356,38 @@ def test_dcp_loads_through_a_reader_of_a_run_folder(run: Path) -> None:
         return list(differences({"model": tree(made(1))["model"], "kept": made(1)["kept"].value}, state))
 
     assert in_world(2, lambda rank: work()) == [[], []]
+
+
+def test_a_writer_that_is_given_other_tensors_than_it_tells_of_says_what_to_give(tmp_path: Path) -> None:
+    state = {"model": {"weight": torch.ones(3)}, "": {"a": torch.ones(2)}}
+
+    def save(folder: str, whole: bool) -> None:
+        writer = Writer(tmp_path, folder, state, step=1)
+        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(state if whole else writer.state_dict, storage_writer=writer, planner=planner)
+
+    with pytest.raises(Raised, match=r"one: dcp\.save was given no tensor model\.weight, .* give it writer.state"):
+        alone(lambda: save("one", whole=True))
+    assert not (tmp_path / "one" / MANIFEST).exists()
+    alone(lambda: save("two", whole=False))
+    found = {"model": {"weight": torch.zeros(3)}, "": {"a": torch.zeros(2)}}
+    dcp.load(found, storage_reader=Reader.open(tmp_path / "two"), no_dist=True)
+    assert list(differences(state, found)) == []
+
+
+def test_a_tensor_that_was_named_but_not_saved_is_an_error_and_not_an_empty_one(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run / "checkpoints/step-00000001.e1.0", copy)
+    manifest = json.loads((copy / MANIFEST).read_bytes()) | {"tensors": {}, "files": {}}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(StateError, match=r"model\.encoder\.weight: named in the checkpoint, but not saved with it"):
+        load(copy, {"kept": Kept()})
+
+
+@pytest.mark.parametrize("step", ["7", None, 1.5, -1, True])
+def test_a_step_that_is_no_number_of_steps_is_refused(tmp_path: Path, step: Any) -> None:
+    with pytest.raises(UsageError, match=rf"Writer\(step={step!r}\): give the number of optimizer steps"):
+        Writer(tmp_path, "one", {}, step=step)
 
 
 def test_dcp_is_told_of_a_type_that_differs_instead_of_a_silent_cast(run: Path) -> None:

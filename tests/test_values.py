@@ -30,6 +30,7 @@ def random_tree(pick: random.Random, depth: int) -> Any:
         lambda: None,
         lambda: pick.random() < 0.5,
         lambda: pick.randint(-(2**70), 2**70),
+        lambda: -(2 ** pick.randint(1023, 1025)),
         lambda: pick.choice([0.0, -0.0, math.nan, math.inf, -math.inf, 5e-324, pick.uniform(-1e300, 1e300)]),
         lambda: pick.choice(["", "a.b", "$tensor", "ü\n", "\ud800", "x" * 99]),
         lambda: pick.randbytes(pick.randint(0, 9)),

@@ -11,11 +11,13 @@ tell where things lie are made once and used again. So a save of a thousand rank
      "metadata": [size, digest] of .metadata,
      "tree": the state as JSON, see `tree`,
      "tensors": {name: [dtype, shape]},
-     "files": {file: {"size": ..., "digests": base64, "items": [item, ...]}}}
+     "files": {file: {"size": ..., "digests": base64, "items": [item, ...]}},
+     "digest": of all bytes before this key; manifests from before there was one go without}
 
 An item is `[name, offset, length]` for the pickled copy of a plain value, which only stock DCP reads, and
 `[name, offset, length, payload, offsets, sizes]` for a box of a tensor. `digests` holds 16 bytes for each block of each
-item, in order.
+item, in order. What is committed has a digest of the whole manifest in its run's log; the manifest's own is for folders
+that no log knows.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ VERSION = 1
 BLOCK_BYTES = 4 << 20
 """An item has one digest for every block of so many bytes, counted from its beginning."""
 DIGEST_BYTES = 16
+_OWN = b',"digest":"'
 
 
 class Piece(NamedTuple):
@@ -122,8 +125,8 @@ class Manifest:
         head = {"version": VERSION, "torch": torch.__version__, "block_bytes": BLOCK_BYTES, "step": step}
         head |= {"world_size": world_size, "metadata": [len(index), digest(index)]}
         files = ",".join(part.to_json() for part in parts)
-        text = f'{json.dumps(head)[:-1]},"tree":{tree},"tensors":{tensors},"files":{{{files}}}}}'
-        return text.encode()
+        data = f'{json.dumps(head)[:-1]},"tree":{tree},"tensors":{tensors},"files":{{{files}}}'.encode()
+        return data + _end_of(data)
 
     @classmethod
     @no_collection()
@@ -154,16 +157,33 @@ class Manifest:
                     used = end
                 if digests and used != len(digests):
                     raise ValueError(f"{len(digests)} bytes of digests for {file}, not {used}")
+            fields.pop("digest", None)
             size, fields["metadata"] = fields["metadata"]
             fields["files"] = {file: part["size"] for file, part in fields["files"].items()} | {METADATA: size}
             return cls(tensors=tensors, values=values, **fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise Damaged(f"no manifest that can be read ({error})") from error
+
+    @staticmethod
+    def check_own_digest(data: bytes) -> None:
+        """For a manifest of which no log has a digest. One from before there was an own digest passes.
+
+        :raises Damaged: the bytes aren't those that were written.
+        """
+        start = len(data) - len(_end_of(b""))
+        # A key that is damaged isn't taken for one that is missing: `from_json` knows none of its name.
+        if data.startswith(_OWN, start) and data[start:] != _end_of(memoryview(data)[:start]):
+            raise Damaged("the manifest's bytes are not those that its own digest was made of")
 
     def check_whole(self) -> None:
         """:raises StateError: the chunks of a tensor aren't the whole of it, once."""
         for name, item in self.tensors.items():
             check_whole(name, item.shape, len(item.chunks), sum(math.prod(chunk.sizes) for chunk in item.chunks))
+
+
+def _end_of(data: bytes | memoryview) -> bytes:
+    """The last key of a manifest that begins with `data`."""
+    return _OWN + f'{digest(data)}"}}'.encode()
 
 
 def check_whole(name: str, shape: list[int], chunks: int, elements: int) -> None:

@@ -11,29 +11,31 @@ objects and what was saved is an error that lists all of it, unless it is allowe
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.format import Manifest
-from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
+from dtrain.checkpoint.choice import Choice, check_patterns, matches, patterns_of
+from dtrain.checkpoint.format import Manifest, digest
+from dtrain.checkpoint.layout import bytes_of, plain
+from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
+from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.ranking import best_step
-from dtrain.checkpoint.reader import load_tensors
+from dtrain.checkpoint.reader import load_tensors, tied, untied
 from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.state import Difference, State, listed
 from dtrain.checkpoint.tree import decode, flatten
-from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
+from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.places import is_remote, storage_at
 
+T = TypeVar("T")
 _PARAMETERS = ("params", "param_names")
 
 
@@ -84,36 +86,53 @@ def load(
     :raises NoGoodCheckpoint: the run has no checkpoint that is good.
     :raises Damaged: a byte isn't what was saved. What the objects hold then is worth nothing.
     """
+    allowed = {
+        "missing": patterns_of("allow_missing", allow_missing),
+        "unexpected": patterns_of("allow_unexpected", allow_unexpected),
+        "reshaped": patterns_of("allow_reshaped", allow_reshaped),
+        "retyped": patterns_of("allow_retyped", allow_retyped),
+    }
+    chosen = Choice(patterns_of("only", only), patterns_of("skip", skip))
+    state = _on_all_ranks(lambda: _tracked(objects))
+    found = find(source, step, storage_options)
+    plan = _on_all_ranks(lambda: _planned(state, found, chosen, allowed))
+    try:
+        read = _on_all_ranks(lambda: plan.read(found, plan.targets))
+    except Damaged as error:
+        raise Damaged(f"{error}; take another step or another copy, and objects that are made anew") from error
+    _on_all_ranks(lambda: state.load(plan.states()))
+    left = (n for n in found.manifest.tensors if n.partition(".")[0] in objects and n not in plan.targets)
+    return Loaded(found.manifest.step, tuple(plan.targets), tuple(left), read)
+
+
+def _tracked(objects: Mapping[str, Any]) -> State:
     if not isinstance(objects, Mapping):
         raise UsageError(
             f"load(source, {type(objects).__qualname__}): give the objects by the names that they were tracked under, "
             "such as {'model': model}"
         )
-    chosen = _Choice(_patterns("only", only), _patterns("skip", skip))
-    allowed = {
-        "missing": _patterns("allow_missing", allow_missing),
-        "unexpected": _patterns("allow_unexpected", allow_unexpected),
-        "reshaped": _patterns("allow_reshaped", allow_reshaped),
-        "retyped": _patterns("allow_retyped", allow_retyped),
-    }
     state = State()
     state.track(objects)
-    found = find(source, step, storage_options)
-    manifest = found.manifest
+    return state
+
+
+def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, Sequence[str]]) -> _Plan:
+    """:raises StateError: something differs and isn't allowed, or a pattern matches nothing."""
+    objects, manifest = state.objects, found.manifest
     differences = state.differences(manifest)
     names = _names({name: state.state_of(name) for name in objects}) | objects.keys()
     names |= _names({name: _decoded(manifest)[name] for name in objects if name in manifest.tree})
     names |= {difference.name for difference in differences}
     given = {"only": chosen.only, "skip": chosen.skip} | {f"allow_{kind}": known for kind, known in allowed.items()}
     for option, patterns in given.items():
-        _check_patterns(option, patterns, names, found.place)
+        check_patterns(option, patterns, names, found.place)
     others = manifest.tree.keys() - objects.keys()
     refused = [
         difference
         for difference in differences
         if difference.name not in others
         and chosen.any(difference.name, names)
-        and not _matches(difference.name, allowed.get(difference.kind, []))
+        and not matches(difference.name, allowed.get(difference.kind, []))
     ]
     if refused:
         raise StateError(
@@ -122,16 +141,13 @@ def load(
             "or leave it out with skip."
         )
     plan = _Plan(state, manifest, chosen, differences)
-    cast = {difference.name for difference in differences if difference.kind == "retyped"}
-    read: list[int] = []
-    problem = _on_all_ranks(
-        lambda: read.append(load_tensors(found.storage, found.folder, manifest, plan.targets, cast=cast))
-    )
-    if problem:
-        raise Damaged(f"{problem}; take another step or another copy, and objects that are made anew")
-    state.load(plan.states())
-    left = (name for name in manifest.tensors if name.partition(".")[0] in objects and name not in plan.targets)
-    return Loaded(manifest.step, tuple(plan.targets), tuple(left), read[0])
+    for names_of_one in tied(plan.targets) if found.kind != "checkpoint" else ():  # whose digests tell if they differ
+        apart = {name: torch.empty_like(plan.targets[name]) for name in names_of_one}
+        plan.read(found, apart)
+        one, other = (digest(bytes_of(plain(local_part(tensor)))) for tensor in apart.values())
+        if one != other:
+            raise untied(*names_of_one)
+    return plan
 
 
 def find(
@@ -159,7 +175,9 @@ def find(
         return (found[0].place, None) if inside else (str(source), step)  # a run's is inside
 
     place, number = from_rank_0(on_rank_0)
-    return found[0] if found else open_source(place, step=number, storage_options=storage_options)
+    return _on_all_ranks(
+        lambda: found[0] if found else open_source(place, step=number, storage_options=storage_options)
+    )
 
 
 def _find(
@@ -179,42 +197,18 @@ def _find(
     return found
 
 
-class _Choice:
-    """What `only` and `skip` choose."""
-
-    def __init__(self, only: Sequence[str], skip: Sequence[str]) -> None:
-        self.only = only
-        self.skip = skip
-
-    def __call__(self, name: str) -> bool:
-        return (not self.only or _matches(name, self.only)) and not _matches(name, self.skip)
-
-    def any(self, name: str, names: Iterable[str]) -> bool:
-        """Whether something of it is chosen, be it a tensor or what holds several of `names`."""
-        return any(map(self, [inner for inner in names if inner.startswith(f"{name}.")] or [name]))
-
-    def whole(self, name: str, leaves: Sequence[str]) -> bool:
-        """Whether something is chosen that means nothing in part. :raises StateError: a part of it is."""
-        count = sum(map(self, leaves))
-        if 0 < count < len(leaves):
-            raise StateError(
-                f"{name} can be loaded only as a whole, and the patterns choose {count} of {len(leaves)} of its "
-                f"values; choose or skip {name + '*'!r}"
-            )
-        return count > 0
-
-
 class _Plan:
     """What is loaded.
 
     :ivar targets: the tensors to load into, by their names in the manifest.
     """
 
-    def __init__(self, state: State, manifest: Manifest, chosen: _Choice, differences: list[Difference]) -> None:
+    def __init__(self, state: State, manifest: Manifest, chosen: Choice, differences: list[Difference]) -> None:
         self._state = state
         self._manifest = manifest
         self._chosen = chosen
-        self._left = {difference.name for difference in differences if difference.kind != "retyped"}
+        self._cast = {difference.name for difference in differences if difference.kind == "retyped"}
+        self._left = {difference.name for difference in differences} - self._cast
         tree = _decoded(manifest)
         self._units: dict[str, list[str]] = {}
         """The values that are loaded, each as a whole, with the names of what they are made of."""
@@ -229,6 +223,9 @@ class _Plan:
                 self._take("", {name: tree[name]})
         leaves = {leaf for unit in self._units.values() for leaf in unit}
         self.targets = state.targets_for({name: item for name, item in manifest.tensors.items() if name in leaves})
+
+    def read(self, found: Source, targets: Mapping[str, torch.Tensor]) -> int:
+        return load_tensors(found.storage, found.folder, self._manifest, targets, cast=self._cast)
 
     def states(self) -> dict[str, Any]:
         """What each object is to be given, once the targets are loaded."""
@@ -294,43 +291,36 @@ def _names(tree: Mapping[str, Any]) -> set[str]:
 
 
 def _decoded(manifest: Manifest, tensors: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """The saved tree, with something in the place of tensors that aren't given."""
+    """The saved tree, with something in the place of tensors that aren't given.
+
+    :raises StateError: it has a tensor that was never saved.
+    """
     nothing = torch.empty(0)
-    tree: dict[str, Any] = decode(manifest.tree, lambda name: (tensors or {}).get(name, nothing))
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in manifest.tensors:
+            raise StateError(f"{name}: named in the checkpoint, but not saved with it; take another step or save anew")
+        return (tensors or {}).get(name, nothing)
+
+    tree: dict[str, Any] = decode(manifest.tree, tensor)
     return tree
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _patterns(option: str, given: Iterable[str]) -> list[str]:
-    """:raises UsageError: they are none."""
-    patterns = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        raise UsageError(f"{option}={given!r}: {option} takes patterns, such as ['model.head.*']")
-    return patterns
-
-
-def _check_patterns(option: str, patterns: Iterable[str], names: Iterable[str], place: str) -> None:
-    """:raises StateError: a pattern matches nothing."""
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.4)
-            hint = f"the closest are {', '.join(close)}" if close else f"there are {', '.join(sorted(names)[:3])}, ..."
-            raise StateError(f"{option}={pattern!r} matches nothing in {place} or in the objects; {hint}")
 
 
 def _several_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _on_all_ranks(work: Callable[[], object]) -> str:
-    """Read something. :returns: what was found damaged, by any of the ranks."""
-    if _several_ranks():
-        return on_all_ranks(work, (Damaged,))
+def _on_all_ranks(work: Callable[[], T]) -> T:
+    """Do something on every rank. :raises: on all of them, what the first has met of those that have met something."""
+    if not _several_ranks():
+        return work()
+    outcome: list[T] = []
+    problem: tuple[type[Exception], str] | None = None
     try:
-        work()
-    except Damaged as error:
-        return str(error)
-    return ""
+        outcome.append(work())
+    except (DtrainError, Damaged, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else type(error)  # some of those below it take more than a text
+        problem = kind, f"rank {dist.get_rank()}: {error}"
+    for found in filter(None, from_all_ranks(problem)):
+        raise found[0](found[1])
+    return outcome[0]

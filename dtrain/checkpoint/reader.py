@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import os
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ from dtrain.checkpoint.tree import dtype_name, dtype_named, leaves_of
 from dtrain.errors import Damaged, StateError
 from dtrain.storage.base import Readable, Storage, inside, looks
 
+K = TypeVar("K")
+
 
 @no_collection()
 def load_tensors(
@@ -59,7 +62,8 @@ def load_tensors(
     :param threads: how many read at once; as many as there are processors for, if not given.
     :returns: how many bytes were read.
     :raises Damaged: a byte isn't what was saved; the targets' contents are worth nothing then.
-    :raises StateError: a target has another shape or type than what was saved, or nothing was saved by its name.
+    :raises StateError: a target has another shape or type than what was saved, nothing was saved by its name, or it
+        is tied to another one of which something else was saved; nothing has been read then.
     """
     return read_blocks(storage, folder, _all_wants(folder, manifest, targets, cast), manifest.block_bytes, threads)
 
@@ -76,9 +80,47 @@ def _all_wants(
     with torch.no_grad():  # a DTensor's own part is had at once then
         return [
             want
-            for name, target in targets.items()
+            for name, target in _once(manifest, targets).items()
             for want in _wants(folder, name, manifest.tensors.get(name), target, name in cast, boxes)
         ]
+
+
+def tied(targets: Mapping[K, torch.Tensor]) -> Iterator[tuple[K, K]]:
+    """The targets that lie in the memory of one before them, after that one's name."""
+    parts = [target._local_tensor if isinstance(target, DTensor) else target for target in targets.values()]
+    addresses = [part.data_ptr() for part in parts]
+    if len(set(addresses)) == len(addresses):  # as nearly always, and at a third of the time
+        return
+    first: dict[Any, K] = {}
+    for name, part in zip(targets, parts, strict=True):
+        one = first.setdefault((part.data_ptr(), part.dtype, part.shape, part.stride()), name)
+        if one != name and part.numel():
+            yield one, name
+
+
+def untied(one: str, other: str) -> StateError:
+    return StateError(
+        f"{one} and {other} are one tensor now, and two different ones were saved; untie them, or load without one"
+    )
+
+
+def _once(manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The targets but those that are tied to one before them: two threads would write to them.
+
+    :raises StateError: what was saved of them isn't the same.
+    """
+    found = dict(targets)
+    for names in tied(targets):
+        saved = [
+            (item.dtype, item.shape, sorted((chunk.offsets, chunk.sizes, chunk.digests) for chunk in item.chunks))
+            for item in map(manifest.tensors.get, names)
+            if item is not None
+        ]
+        if len(saved) == 2:
+            if saved[0] != saved[1]:
+                raise untied(*names)
+            del found[names[1]]
+    return found
 
 
 def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> int:
@@ -91,7 +133,9 @@ def load_shared(storage: Readable, folder: str, manifest: Manifest, targets: Map
     :returns: how many bytes this rank has read.
     :raises Damaged: on all ranks, if one of them has found something.
     :raises OSError: on all ranks, if one of them can't reach it.
+    :raises StateError: see `load_tensors`.
     """
+    targets = _once(manifest, targets)
     rank, world = dist.get_rank(), dist.get_world_size()
     gpus = torch.cuda.is_initialized()
     shared = {
@@ -153,21 +197,26 @@ def _wants(
     if not left:
         return
     stops = [start + size for start, size in zip(starts, sizes, strict=True)]
+    # As many elements may still be the wrong ones, where chunks overlap: then their middle is somewhere else.
+    moment = left * math.prod(map(operator.add, starts, stops))
     for chunk in item.chunks:
         if chunk.sizes and (chunk.offsets[0] >= stops[0] or chunk.offsets[0] + chunk.sizes[0] <= starts[0]):
             continue
-        inside, within = [], part
+        inside, within, middle = [], part, 1
         for dim, (start, stop, at, size) in enumerate(zip(starts, stops, chunk.offsets, chunk.sizes, strict=True)):
             low, high = max(start, at), min(stop, at + size)
             if low >= high:
                 break
             inside.append(low - at)
+            middle *= low + high
             if high - low != within.shape[dim]:
                 within = within.narrow(dim, low - start, high - low)
         else:
-            left -= within.numel()
+            count = within.numel()
+            left -= count
+            moment -= count * middle
             yield Want(name, chunk, dtype, inside, within)
-    if left:
+    if left or moment:
         raise Damaged(f"{folder}: the chunks of {name} leave out {left} of the elements that are needed, or overlap")
 
 
@@ -267,7 +316,8 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """:raises Damaged: a byte isn't what was saved. :raises StateError: a tensor has another type."""
-        wants, loaded = [], []
+        wants: list[Want] = []
+        loaded = []
         for request in plan.items:
             name = request.storage_index.fqn
             if request.type == LoadItemType.BYTE_IO:
@@ -282,7 +332,12 @@ class Reader(StorageReader):
             _check_type(name, dtype_named(item.dtype), target)
             wants.append(Want(name, chunk, target.dtype, request.storage_offsets, target))
             loaded.append((request, target))
-        self.bytes_read += read_blocks(self._storage, self._folder, wants, self._manifest.block_bytes)
+        once = dict(enumerate(wants))
+        for first, again in tied({number: want.target for number, want in once.items()}):
+            one, other = wants[first], once.pop(again)
+            if (one.chunk[3:], one.start) != (other.chunk[3:], other.start):
+                raise untied(one.name, other.name)
+        self.bytes_read += read_blocks(self._storage, self._folder, once.values(), self._manifest.block_bytes)
         for request, target in loaded:
             planner.commit_tensor(request, target)
         future: Future[None] = Future()

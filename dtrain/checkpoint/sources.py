@@ -209,8 +209,7 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     _refuse(step, url)
     files = storage.files(".")
     if MANIFEST in files:
-        manifest = Manifest.from_json(storage.read(MANIFEST))
-        return Source(place=url, kind="checkpoint", storage=storage, folder=".", manifest=manifest)
+        return _of_copy(storage, url)
     if any(file.endswith(SUFFIX) for file in files):
         return _of_safetensors(storage, "", name)
     raise ConfigError(
@@ -236,9 +235,21 @@ def _of_checkpoint(path: Path) -> Source:
     run = path.resolve().parent.parent
     if path.resolve().parent.name == CHECKPOINTS and (run / FOLDER).is_dir():
         return _of_attempt(LocalStorage(str(run)), path.resolve().name)
-    # A copy that somebody has made: there is nobody to ask for the digest of the manifest.
-    manifest = Manifest.from_json((path / MANIFEST).read_bytes())
-    return Source(place=str(path), kind="checkpoint", storage=LocalStorage(str(path)), folder=".", manifest=manifest)
+    return _of_copy(LocalStorage(str(path)), str(path))
+
+
+def _of_copy(storage: Storage, place: str) -> Source:
+    """What lies in no run: there is nobody to ask for the digest of the manifest but itself."""
+    for look in reversed(looks(storage)):
+        try:
+            data = storage.read(MANIFEST)
+            Manifest.check_own_digest(data)
+            manifest = Manifest.from_json(data)
+            break
+        except Damaged as error:
+            if look == 0:
+                raise Damaged(f"{place}/{MANIFEST}: {error}") from error
+    return Source(place=place, kind="checkpoint", storage=storage, folder=".", manifest=manifest)
 
 
 def _of_attempt(storage: Storage, attempt: str) -> Source:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.format import Manifest, TensorItem
-from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten
+from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten, is_expanded
 from dtrain.errors import StateError, UsageError
 
 RUN = "dtrain"
@@ -39,6 +39,8 @@ class State:
     def track(self, objects: Mapping[str, Any]) -> None:
         """:raises UsageError: a name is taken, or an object has nothing to save."""
         for name, value in objects.items():
+            if not isinstance(name, str):
+                raise UsageError(f"track({name!r}): a name is a text; give the object one, such as 'model'")
             if name in self.objects or name == RUN:
                 raise UsageError(f"track({name}=...): the name is taken; choose another")
             if "." in name or name.startswith("$"):
@@ -81,8 +83,14 @@ class State:
         """All of it, the tensors being the live ones.
 
         :param position: the run's own part: step, cursor and the like.
+        :raises StateError: it could be saved, but not be loaded again.
         """
-        return {RUN: dict(position)} | {name: self.state_of(name) for name in self.objects}
+        tree = {RUN: dict(position)} | {name: self.state_of(name) for name in self.objects}
+        for name in self.modules():
+            for key, leaf in tree[name].items():
+                if is_expanded(leaf) and not _is_extra(key):
+                    raise _expanded(f"{name}.{key}")
+        return tree
 
     def targets(self, manifest: Manifest) -> dict[str, torch.Tensor]:
         """A tensor to load into for every tensor of a checkpoint, by its dotted name.
@@ -109,6 +117,8 @@ class State:
         def target(name: str, item: TensorItem) -> torch.Tensor:
             leaf: torch.Tensor | None = leaves.get(name)
             if leaf is not None and not _is_extra(name):
+                if is_expanded(leaf):
+                    raise _expanded(name)
                 return leaf
             owner = name
             while owner and owner not in parameters:  # its state may lie deep in lists and dicts
@@ -325,6 +335,10 @@ def _order(value: object) -> int:
 def _is_extra(key: str) -> bool:
     """Whether it is of a module's `get_extra_state`, which may have any shape, and another one each time."""
     return "_extra_state" in key.split(".")
+
+
+def _expanded(name: str) -> StateError:
+    return StateError(f"{name}: nothing can be loaded into an expanded tensor; keep its .contiguous() in the module")
 
 
 def _module_differences(name: str, module: nn.Module, manifest: Manifest) -> Iterator[Difference]:

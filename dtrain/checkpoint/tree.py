@@ -84,14 +84,15 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def encode(tree: Tree, path: str = "", tensors: dict[str, torch.Tensor] | None = None) -> Any:
+def encode(tree: Tree, path: str | None = None, tensors: dict[str, torch.Tensor] | None = None) -> Any:
     """A tree as JSON. What JSON has no form for becomes an object with one key that begins with `$`.
 
-    :param path: the tree's own name.
+    :param path: the tree's own name, if it is a part of another one.
     :param tensors: takes the tree's tensors, by the names that `flatten` gives them.
     :raises StateError: it holds something that could come back only by unpickling.
     """
-    at = f"{path}." if path else ""
+    at = "" if path is None else f"{path}."
+    path = path or ""
     match tree:  # what there is the most of comes first
         case torch.Tensor():
             if tree.layout != torch.strided or tree.is_meta or tree.is_quantized:
@@ -117,7 +118,7 @@ def encode(tree: Tree, path: str = "", tensors: dict[str, torch.Tensor] | None =
             data = base64.b64encode(array.tobytes()).decode()
             return {"$numpy": [array.dtype.str, None if isinstance(tree, np.generic) else array.shape, data]}
         case int() | float() if type(tree) in (int, float):
-            return tree if math.isfinite(tree) else {"$float": repr(tree)}
+            return tree if type(tree) is int or math.isfinite(tree) else {"$float": repr(tree)}
         case bytes():
             return {"$bytes": base64.b64encode(tree).decode()}
         case torch.dtype():
@@ -143,6 +144,13 @@ def _hashed(value: Any, path: str) -> Any:
     if isinstance(value, torch.Tensor) or _holds_tensor(value):
         raise StateError(f"{path}: a tensor in a set, or as a key, can't be saved; keep it in a list or as a value")
     return encode(value, path)
+
+
+def is_expanded(leaf: object) -> bool:
+    """Whether several of a tensor's elements are one in memory, so that nothing can be loaded into it."""
+    if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided or 0 not in (strides := leaf.stride()):
+        return False
+    return any(size > 1 for size, stride in zip(leaf.shape, strides, strict=True) if not stride)
 
 
 def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Tree:

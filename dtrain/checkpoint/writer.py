@@ -27,7 +27,7 @@ from dtrain.checkpoint.format import BlockHasher, Part, json_text, tensors_to_js
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.layout import Layout
 from dtrain.checkpoint.tree import dtype_name, encode, flatten, leaves_of
-from dtrain.errors import UsageError
+from dtrain.errors import StateError, UsageError
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.places import storage_at
 
@@ -39,9 +39,13 @@ class Writer(StorageWriter):
     :param folder: the checkpoint's folder in it, which nothing was written to before.
     :param tree: the state that is saved, the same on all ranks but for the tensors' shards.
     :param step: how many optimizer steps the state is the outcome of.
+    :raises UsageError: the step is no number of steps.
+    :raises StateError: the tree holds what can't be saved.
     """
 
     def __init__(self, storage: Storage | str | os.PathLike[str], folder: str, tree: Any, *, step: int) -> None:
+        if type(step) is not int or step < 0:
+            raise UsageError(f"Writer(step={step!r}): give the number of optimizer steps, a whole one from 0 on")
         self._storage = storage_at(storage) if isinstance(storage, str | os.PathLike) else storage
         self._folder = folder
         self._leaves = flatten(tree)
@@ -93,11 +97,18 @@ class Writer(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """:raises StateError: what was planned isn't what the tree tells of."""
         shapes = {
             name: (dtype_name(item.properties.dtype), item.size)
             for name, item in metadata.state_dict_metadata.items()
             if isinstance(item, TensorStorageMetadata)
         }
+        tensors = [name for name, (_, leaf) in self._leaves.items() if isinstance(leaf, torch.Tensor)]
+        if missing := [name for name in tensors if name not in shapes]:
+            raise StateError(
+                f"{self._folder}: dcp.save was given no tensor {missing[0]}, which the Writer was made with; give it "
+                "writer.state_dict, with a planner that leaves it flat, and the Writer a new folder"
+            )
         parts: list[Part] = [result.storage_data for rank in results for result in rank]
         self.size = sum(part.size for part in parts)
         self.manifest = Indexes().write(
