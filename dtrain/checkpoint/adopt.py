@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.catalog import CHECKPOINTS
+from dtrain.checkpoint.catalog import CHECKPOINTS, CONFIG
 from dtrain.checkpoint.format import BLOCK_BYTES, BlockHasher, Part, TensorItem, json_text
 from dtrain.checkpoint.index import Indexes
 from dtrain.checkpoint.interchange import Progress, pwrite, room_at
@@ -29,9 +29,6 @@ from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.places import storage_at
-
-CONFIG = "config.json"
-"""What a run leaves in its folder before all else: the options that its results depend on."""
 
 
 def adopt(

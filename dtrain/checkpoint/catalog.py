@@ -22,6 +22,8 @@ from dtrain.observe.events import Events
 from dtrain.storage.base import Distant, Storage
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+"""What a run leaves in its folder before all else: the options that its results depend on."""
 ABANDONED_S = 600.0
 """What is half-made and of this age belongs to a process that is gone."""
 

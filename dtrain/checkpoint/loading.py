@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.choice import Choice, check_patterns, matches, patterns_of
+from dtrain.checkpoint.difference import Difference, listed
 from dtrain.checkpoint.format import Manifest, digest
 from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
@@ -30,7 +31,7 @@ from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors, tied, untied
 from dtrain.checkpoint.sources import Source, open_source
-from dtrain.checkpoint.state import Difference, State, listed
+from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.places import is_remote, storage_at

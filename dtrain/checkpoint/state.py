@@ -7,26 +7,21 @@ numbers, so that it means the same under any layout; everything else goes throug
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dtrain.checkpoint.difference import Difference, Kind, is_extra, listed, module_differences
 from dtrain.checkpoint.format import Manifest, TensorItem
-from dtrain.checkpoint.tree import decode, dtype_name, dtype_named, flatten, is_expanded
+from dtrain.checkpoint.tree import decode, dtype_named, flatten, is_expanded
 from dtrain.errors import StateError, UsageError
 
 RUN = "dtrain"
 """The name under which the run's own position is kept."""
-
-Kind = Literal["missing", "unexpected", "reshaped", "retyped", "other"]
-
-_MOST_NAMED = 20
-"""More differences than this are counted instead of listed."""
 
 
 class State:
@@ -88,7 +83,7 @@ class State:
         tree = {RUN: dict(position)} | {name: self.state_of(name) for name in self.objects}
         for name in self.modules():
             for key, leaf in tree[name].items():
-                if is_expanded(leaf) and not _is_extra(key):
+                if is_expanded(leaf) and not is_extra(key):
                     raise _expanded(f"{name}.{key}")
         return tree
 
@@ -116,7 +111,7 @@ class State:
 
         def target(name: str, item: TensorItem) -> torch.Tensor:
             leaf: torch.Tensor | None = leaves.get(name)
-            if leaf is not None and not _is_extra(name):
+            if leaf is not None and not is_extra(name):
                 if is_expanded(leaf):
                     raise _expanded(name)
                 return leaf
@@ -246,7 +241,7 @@ class State:
         differing: set[str] = set()
         for name, module in self.modules().items():
             if name in saved_names:
-                more = list(_module_differences(name, module, manifest))
+                more = list(module_differences(name, module, manifest))
                 differing |= {difference.name for difference in more}
                 found += more
         for name, value in self.objects.items():
@@ -294,28 +289,6 @@ def position_of(manifest: Manifest) -> dict[str, Any]:
     return position
 
 
-@dataclass(frozen=True, order=True)
-class Difference:
-    """Between what is tracked and what was saved."""
-
-    name: str
-    """Dotted, of a tensor, an object, or a parameter's optimizer state."""
-    kind: Kind
-    text: str
-    of: str = ""
-    """What it is said of, where that isn't the name."""
-
-    def __str__(self) -> str:
-        return f"{self.of or self.name}: {self.text}"
-
-
-def listed(things: Iterable[object]) -> str:
-    """As lines, so many of them as somebody would read; the rest is counted."""
-    lines = [str(thing) for thing in things]
-    more = [f"... and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else []
-    return "\n  ".join(lines[:_MOST_NAMED] + more)
-
-
 def bare(module: nn.Module) -> nn.Module:
     """The user's own module, without what was wrapped around it."""
     while True:
@@ -332,43 +305,5 @@ def _order(value: object) -> int:
     return 0 if isinstance(value, nn.Module) else 1 if isinstance(value, Optimizer) else 2
 
 
-def _is_extra(key: str) -> bool:
-    """Whether it is of a module's `get_extra_state`, which may have any shape, and another one each time."""
-    return "_extra_state" in key.split(".")
-
-
 def _expanded(name: str) -> StateError:
     return StateError(f"{name}: nothing can be loaded into an expanded tensor; keep its .contiguous() in the module")
-
-
-def _module_differences(name: str, module: nn.Module, manifest: Manifest) -> Iterator[Difference]:
-    saved = {
-        key: (tuple(item.shape), item.dtype)
-        for key, item in manifest.tensors.items()
-        if key.startswith(f"{name}.") and not _is_extra(key)
-    }
-    live = {
-        f"{name}.{key}": (tuple(leaf.shape), dtype_name(leaf.dtype))
-        for key, (_, leaf) in flatten(module.state_dict()).items()
-        if isinstance(leaf, torch.Tensor) and not _is_extra(key)
-    }
-    for key in sorted(saved.keys() | live.keys()):
-        before, now = saved.get(key), live.get(key)
-        if before is None:
-            yield Difference(key, "missing", "not in the checkpoint")
-        elif now is None:
-            yield Difference(key, "unexpected", "in the checkpoint only")
-        elif before[0] != now[0]:
-            yield Difference(key, "reshaped", f"saved with shape {before[0]}, now {now[0]}")
-        elif before[1] != now[1]:
-            yield Difference(key, "retyped", f"saved as {before[1]}, now {now[1]}")
-    tree = manifest.tree[name]
-    saved_extra, live_extra = (
-        {f"{name}.{key}" for key in (state if isinstance(state, dict) else ()) if _is_extra(key)}
-        for state in (tree, module.state_dict())
-    )
-    for key in sorted(saved_extra ^ live_extra):
-        if key in live_extra:
-            yield Difference(key, "missing", "not in the checkpoint")
-        else:
-            yield Difference(key, "unexpected", "in the checkpoint only")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from dtrain.checkpoint.adopt import CONFIG
+from dtrain.checkpoint.catalog import CONFIG
 from dtrain.checkpoint.manager import from_rank_0, on_all_ranks
 from dtrain.config import SAME_BITS, Config
 from dtrain.errors import ConfigError
