@@ -8,9 +8,11 @@ back often, such as names and sizes, is made once at the beginning of the stream
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
+import operator
 import pickle
 import re
 import struct
@@ -32,6 +34,9 @@ from dtrain.checkpoint.format import MANIFEST, METADATA, Manifest, Part, check_w
 from dtrain.checkpoint.machine import no_collection
 from dtrain.checkpoint.tree import dtype_named, leaves_of
 from dtrain.storage.base import Storage
+
+_VALUE = 3
+"""Fields of an item that is no box of a tensor, see `format`."""
 
 
 class Indexes:
@@ -109,35 +114,40 @@ def dcp_index(parts: Iterable[Part], tree: str, tensors: str) -> bytes:
     held = dict.fromkeys(shapes, 0)
     values: list[str] = []
     places: list[bytes] = []
-    known = pickled.references.get  # half a million times, a call of one's own is too much
+    # This comes half a million times, so nothing is made anew that was there before: most files are laid out alike.
+    known, elements = pickled.references.get, functools.cache(math.prod)
+    extent = functools.cache(lambda sizes: chunk[1] + pickled.size(sizes) + chunk[2])
+    box_of = functools.cache(lambda name: of_box[0] + pickled.text(name) + of_box[1])
+    lies_at = functools.cache(lambda offset, length: place[1] + _number(offset) + place[2] + _number(length) + place[3])
     for part in parts:
-        file = pickled.text(part.file)
-        for name, offset, length, *box in json.loads(part.items):
-            if box:
-                offsets, sizes = tuple(box[1]), tuple(box[2])
+        lies_in = place[0] + pickled.text(part.file)
+        for item in json.loads(part.items):
+            name = item[0]
+            if len(item) > _VALUE:
+                offsets, sizes = tuple(item[4]), tuple(item[5])
                 start = known(offsets) or pickled.size(offsets)
-                held[name] += math.prod(sizes)
-                boxes[name].append(chunk % (start, known(sizes) or pickled.size(sizes)))
-                places.append(of_box % (known(name) or pickled.text(name), start))
+                held[name] += elements(sizes)
+                boxes[name] += chunk[0], start, extent(sizes)
+                places += box_of(name), start, of_box[2], lies_in, lies_at(item[1], item[2])
             else:
                 values.append(name)
-                places.append(of_value % pickled.text(name))
-            places.append(place % (file, _number(offset), _number(length)))
+                places += _filled(of_value, pickled.text(name)), lies_in, lies_at(item[1], item[2])
 
-    kinds: dict[str, bytes] = {}
+    kinds: dict[str, list[bytes]] = {}
     entries: list[bytes] = []
     for name, (dtype, shape) in shapes.items():
-        check_whole(name, shape, len(boxes[name]), held[name])
+        check_whole(name, shape, len(boxes[name]) // 3, held[name])  # three pieces for each box
         if dtype not in kinds:
             properties = TensorProperties(dtype=dtype_named(dtype))
             kinds[dtype] = pickled.template(TensorStorageMetadata(properties, _HOLE, _HOLE))
-        entries += pickled.text(name), kinds[dtype] % (pickled.size(tuple(shape)), b"](" + b"".join(boxes[name]) + b"e")
-    of_bytes = pickled.template(BytesStorageMetadata()) % ()
+        chunks = b"](" + b"".join(boxes[name]) + b"e"
+        entries += pickled.text(name), _filled(kinds[dtype], pickled.size(tuple(shape)), chunks)
+    (of_bytes,) = pickled.template(BytesStorageMetadata())
     for name in values:
         entries += pickled.text(name), of_bytes
     paths = {name: path for name, (path, _) in leaves_of(json.loads(tree)).items()}
     whole = pickled.template(Metadata(state_dict_metadata=_HOLE, planner_data=paths, storage_data=_HOLE))
-    return pickled.stream(whole % tuple(b"}(" + b"".join(each) + b"u" for each in (entries, places)))
+    return pickled.stream(_filled(whole, *(b"}(" + b"".join(each) + b"u" for each in (entries, places))))
 
 
 _HOLE = cast(Any, object())
@@ -159,17 +169,20 @@ class _Opcodes:
         """The whole pickle: what has a number, and an object that refers to it."""
         return b"\x80\x02" + b"".join(self._made) + body + b"."
 
-    def template(self, sample: object) -> bytes:
-        """An object's opcodes, to be filled in by `%`, since it has holes."""
+    def template(self, sample: object) -> list[bytes]:
+        """An object's opcodes, in pieces: what comes before, between and behind its holes."""
         stream = io.BytesIO()
-        pickler = _Sample(stream, self)
-        pickler.dump(sample)
-        body = stream.getvalue()[2:-1].replace(b"%", b"%%")  # without the beginning and the end of a pickle
-
-        def filled(mark: re.Match[bytes]) -> bytes:
-            return b"%b" if mark[1] == b"hole" else _reference(int(mark[1])).replace(b"%", b"%%")
-
-        return _MARK.sub(filled, body)
+        _Sample(stream, self).dump(sample)
+        body, pieces, at = stream.getvalue()[2:-1], [b""], 0  # without the beginning and the end of a pickle
+        for mark in _MARK.finditer(body):
+            pieces[-1] += body[at : mark.start()]
+            at = mark.end()
+            if mark[1] == b"hole":
+                pieces.append(b"")
+            else:
+                pieces[-1] += _reference(int(mark[1]))
+        pieces[-1] += body[at:]
+        return pieces
 
     def text(self, value: str) -> bytes:
         if value not in self.references:
@@ -212,6 +225,11 @@ class _Sample(pickle.Pickler):
         if obj is _HOLE:
             return "\0hole\0"
         return f"\0{self._opcodes.number_of(obj)}\0" if isinstance(obj, str | type) else None
+
+
+def _filled(template: list[bytes], *values: bytes) -> bytes:
+    """An object's opcodes, with something in its holes."""
+    return template[0] + b"".join(map(operator.add, values, template[1:]))
 
 
 def _reference(number: int) -> bytes:
