@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,29 @@ def test_diff_of_two_models_tells_shapes_and_what_only_one_has(tmp_path: Path, d
     assert code == 1
     assert "1 another type or shape, 1 only in step 1, 1 only in step 2" in out
     assert "float32 2 -> float16 2x1" in out
+
+
+def test_diff_tells_values_apart_that_python_writes_alike(tmp_path: Path, dtrain: Dtrain) -> None:
+    """It abbreviates a long array, and rounds its numbers."""
+
+    def work() -> None:
+        long = np.arange(5000.0)
+        value = {"long": long, "short": np.array([0.1234567890123]), "same": np.arange(3.0), "set": {"a", "b"}}
+        saver = Saver(tmp_path, kept=Kept(value))
+        saver.save(1)
+        changed = {"long": np.where(long == 2500, -1, long), "short": np.array([0.1234567890456]), "set": {"b", "a"}}
+        saver.state.objects["kept"].value = value | changed
+        saver.save(2)
+
+    alone(work)
+    code, out, _ = dtrain("diff", tmp_path, 1, 2)
+    assert (code, out.splitlines()[1]) == (1, "values: 3 changed")
+    assert list(json.loads(dtrain("diff", tmp_path, 1, 2, "--json")[1])["values"]) == [
+        "dtrain.step",
+        "kept.long",
+        "kept.short",
+    ]
+    assert dtrain("diff", tmp_path, 2, 2)[:2] == (0, "tensors: 0 equal\nvalues: 0 changed\n")
 
 
 def test_equal_tensors_have_equal_digests_whatever_process_saved_them(tmp_path: Path, dtrain: Dtrain) -> None:

@@ -8,11 +8,12 @@ from its digests.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from dtrain.checkpoint.format import Manifest, TensorItem
-from dtrain.checkpoint.tree import leaves_of
+from dtrain.checkpoint.format import Manifest, TensorItem, json_text
+from dtrain.checkpoint.tree import encode, leaves_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Difference:
     unknown: list[str] = field(default_factory=list)
     """Of the same type and shape, but cut in another way."""
     values: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    """Plain values that differ, old and new, as Python writes them; None where there is none."""
+    """Plain values that differ, old and new, as Python writes them; None where there is none. Two arrays may be
+    written alike."""
 
     def __bool__(self) -> bool:
         return any((self.changed, self.reshaped, self.only_old, self.only_new, self.unknown, self.values))
@@ -51,10 +53,13 @@ def compare(old: Manifest, new: Manifest) -> Difference:
             found.changed.append(name)
         else:
             found.unknown.append(name)
-    values, others = plain_values(old), plain_values(new)
+    leaves = [_plain_leaves(manifest) for manifest in (old, new)]
+    # By what is saved of them: what Python writes of an array may leave a difference out.
+    values, others = ({name: json_text(encode(leaf)) for name, leaf in of_one.items()} for of_one in leaves)
     for name in sorted(values.keys() | others.keys()):
-        if (pair := (values.get(name), others.get(name)))[0] != pair[1]:
-            found.values[name] = pair
+        if values.get(name) != others.get(name):
+            was, is_now = (repr(of_one[name]) if name in of_one else None for of_one in leaves)
+            found.values[name] = (was, is_now)
     return found
 
 
@@ -65,9 +70,11 @@ def described(item: TensorItem) -> str:
 
 def plain_values(manifest: Manifest) -> dict[str, str]:
     """Everything in a state that is no tensor, by dotted name, as Python writes it."""
-    return {
-        name: repr(leaf) for name, (_, leaf) in leaves_of(manifest.tree).items() if not isinstance(leaf, torch.Tensor)
-    }
+    return {name: repr(leaf) for name, leaf in _plain_leaves(manifest).items()}
+
+
+def _plain_leaves(manifest: Manifest) -> dict[str, Any]:
+    return {name: leaf for name, (_, leaf) in leaves_of(manifest.tree).items() if not isinstance(leaf, torch.Tensor)}
 
 
 def _digests(item: TensorItem) -> dict[tuple[tuple[int, ...], tuple[int, ...]], bytes]:
