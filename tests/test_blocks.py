@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,27 @@ def test_threads_share_the_reads_and_leave_nothing_open(large: Path, threads: in
             load_tensors(storage, ".", manifest, targets, threads=threads)
     finally:
         flip(large / chunk.file, place)
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_more_files_than_a_process_may_open_are_read(tmp_path: Path, threads: int) -> None:
+    """As many as there are ranks may have saved."""
+    for number in range(200):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 8)
+    targets = [torch.zeros(8, dtype=torch.uint8) for _ in range(200)]
+    wants = [
+        Want("t", Chunk(str(number), 0, 8, b"", 0, [0], [8]), torch.uint8, [0], target)
+        for number, target in enumerate(targets)
+    ]
+    before = set(Path("/proc/self/fd").iterdir())
+    most, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + 40, hard))
+    try:
+        read_blocks(LocalStorage(str(tmp_path)), ".", wants, BLOCK_BYTES, threads)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    assert [target.tolist() for target in targets] == [[number] * 8 for number in range(200)]
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 

@@ -36,7 +36,8 @@ class KeepsOpen(Protocol):
     """Where opening a file costs something."""
 
     def keep_open(self) -> AbstractContextManager[None]:
-        """In the block, a file that is read from stays open, so that many reads of it cost one opening."""
+        """In the block, a file that is read from stays open, so that many reads of it cost one opening. Of many files,
+        a few do."""
 
 
 @runtime_checkable

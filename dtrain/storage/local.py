@@ -17,6 +17,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.errors import ConfigError
@@ -24,6 +25,9 @@ from dtrain.storage.base import Buffer, File, HalfMade, Sink, inside
 
 _MOST_BUFFERS = 1024
 """The kernel's limit on the buffers of one `preadv` (IOV_MAX)."""
+
+_MOST_OPEN = 16
+"""Files that stay open while nobody reads from them. Reads come file by file, so more would hardly save an opening."""
 
 _DIRECT_BYTES = 1 << 20
 """Less than this isn't worth a way of its own to the disk."""
@@ -37,8 +41,9 @@ class LocalStorage:
     def __init__(self, root: str) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._readers = 0
-        self._open: dict[str, int] = {}
+        self._keepers = 0
+        self._open: dict[str, _Open] = {}
+        """The last is the one that was asked for last."""
 
     def prepare(self) -> None:
         """See `Storage`. :raises ConfigError: the folder can't be written to, or has no hard links."""
@@ -92,8 +97,7 @@ class LocalStorage:
 
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-        with self.keep_open():
-            descriptor = self._descriptor(path)
+        with self._descriptor(path) as descriptor:
             while left:
                 got = os.preadv(descriptor, left[:_MOST_BUFFERS], offset)
                 if got == 0:
@@ -107,20 +111,32 @@ class LocalStorage:
     @contextlib.contextmanager
     def keep_open(self) -> Iterator[None]:
         with self._lock:
-            self._readers += 1
+            self._keepers += 1
         try:
             yield
         finally:
             with self._lock:
-                self._readers -= 1
-                while not self._readers and self._open:
-                    os.close(self._open.popitem()[1])
+                self._keepers -= 1
+                self._close_unused()
 
-    def _descriptor(self, path: str) -> int:
+    @contextlib.contextmanager
+    def _descriptor(self, path: str) -> Iterator[int]:
         with self._lock:
-            if path not in self._open:
-                self._open[path] = os.open(self._path(path), os.O_RDONLY)
-            return self._open[path]
+            file = self._open.pop(path, None) or _Open(os.open(self._path(path), os.O_RDONLY))
+            self._open[path] = file
+            file.readers += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.readers -= 1
+                self._close_unused()
+
+    def _close_unused(self) -> None:
+        """Of the files that nobody reads from, as many as are too many."""
+        if (many := len(self._open) - (_MOST_OPEN if self._keepers else 0)) > 0:
+            for path in [path for path, file in self._open.items() if not file.readers][:many]:
+                os.close(self._open.pop(path).descriptor)
 
     def files(self, folder: str) -> dict[str, File]:
         try:
@@ -157,6 +173,14 @@ class LocalStorage:
 
     def _path(self, path: str) -> Path:
         return Path(self.root) / inside(path, self.root)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A file that is read from."""
+
+    descriptor: int
+    readers: int = 0
 
 
 class _Whole:
