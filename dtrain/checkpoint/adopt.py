@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from dtrain.checkpoint.catalog import CHECKPOINTS, CONFIG
 from dtrain.checkpoint.format import BLOCK_BYTES, BlockHasher, Part, TensorItem, json_text
@@ -23,10 +24,10 @@ from dtrain.checkpoint.layout import Layout, Place
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.plan import local_items
 from dtrain.checkpoint.sources import Source, renamed
-from dtrain.checkpoint.state import RUN
-from dtrain.checkpoint.tree import dtype_named
+from dtrain.checkpoint.state import RUN, State
+from dtrain.checkpoint.tree import decode, dtype_named
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, StateError, UsageError
 from dtrain.storage.base import Sink, Storage
 from dtrain.storage.places import storage_at
 
@@ -47,11 +48,16 @@ def adopt(
     :param key: where in the source the weights are, as dotted names; by default where its own `name` is.
     :param storage_options: how the run folder is reached where it is a URL.
     :returns: the checkpoint's folder.
-    :raises ConfigError: the run folder has checkpoints already, or a run has begun there.
-    :raises StateError: the source has nothing under that name, or what only running code could read.
+    :raises ConfigError: the run folder has checkpoints already, or a run has begun there; or no run can track anything
+        by that name.
+    :raises StateError: the source has nothing under that key, or no object's state, or what only running code could
+        read.
     """
+    _check_name(name)
     key = key or name
     items, tree = source.select(key)
+    if not isinstance(decode(tree, lambda _: torch.empty(0)), dict):
+        raise StateError(f"{source.place}: {key} is not the state of an object; name the dict that the weights lie in")
     storage = storage_at(run, storage_options)
     storage.prepare()
     log = Log(storage)
@@ -87,6 +93,16 @@ def adopt(
             )
         )
     return folder
+
+
+def _check_name(name: str) -> None:
+    """:raises ConfigError: no run can track anything by this name."""
+    if not name:
+        raise ConfigError("the weights need the name that a run tracks them by, such as 'model'; give one")
+    try:
+        State().track({name: nn.Module()})
+    except UsageError as error:
+        raise ConfigError(f"a run tracks nothing by the name {name!r}: {error}") from error
 
 
 def _write(
