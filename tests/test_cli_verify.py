@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
-from dtrain.checkpoint.format import MANIFEST, METADATA
-from dtrain.checkpoint.log import FOLDER, Entry
+from dtrain.checkpoint.format import (
+    MANIFEST,
+    METADATA,
+    Manifest,
+    Part,
+    digest,
+    hash_item,
+    json_text,
+    tensors_to_json,
+)
+from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.sources import open_source
 from dtrain.checkpoint.verify import verify, verify_log
 from dtrain.cli import checkpoint, transfer
@@ -135,6 +144,41 @@ def test_a_checkpoint_that_the_run_deletes_meanwhile_is_no_fault(
     assert (code, out.splitlines()[0]) == (0, "step 10: the run has deleted it in the meantime")
     monkeypatch.setattr(checkpoint, "open_run", command)
     assert dtrain("ls", run)[1].count("good") == 2
+
+
+def _of_many_ranks(root: Path, ranks: int, tensors: int = 200) -> Path:
+    """A run whose checkpoint has a file of each rank, and in each a byte of every tensor."""
+    storage, folder, data = LocalStorage(str(root)), f"{CHECKPOINTS}/step-00000001.e1.0", bytes(tensors)
+    (root / folder).mkdir(parents=True)
+    parts = []
+    for rank in range(ranks):
+        file = f"__{rank}_0.distcp"
+        (root / folder / file).write_bytes(data)
+        items = [[f"model.{number}", number, 1, 0, [rank], [1]] for number in range(tensors)]
+        parts.append(Part(file=file, size=tensors, items=json_text(items), digests=hash_item(memoryview(data), 1)))
+    (root / folder / METADATA).write_bytes(b"")
+    tree = json_text({"model": {str(number): {"$tensor": f"model.{number}"} for number in range(tensors)}})
+    shapes = tensors_to_json({f"model.{number}": ("uint8", [ranks]) for number in range(tensors)})
+    manifest = Manifest.join(parts, step=1, world_size=ranks, tree=tree, tensors=shapes, index=b"")
+    (root / folder / MANIFEST).write_bytes(manifest)
+    log = Log(storage)
+    log.claim(0.0, "0")
+    name = Path(folder).name
+    log.append(Entry(kind="commit", epoch=1, time=0.0, step=1, attempt=name, manifest=digest(manifest)))
+    return root
+
+
+def test_eight_times_the_ranks_take_about_eight_times_as_long(tmp_path: Path, dtrain: Dtrain) -> None:
+    few, many = (_of_many_ranks(tmp_path / str(ranks), ranks) for ranks in (40, 320))
+
+    def seconds(command: str, run: Path) -> float:
+        begun = time.process_time()
+        assert dtrain(command, run)[0] == 0
+        return time.process_time() - begun
+
+    for command in ("verify", "show"):
+        shortest = min(seconds(command, few) for _ in range(3))
+        assert seconds(command, many) < 20 * shortest, command
 
 
 def test_a_place_that_can_not_be_reached_is_no_damage(run: Path) -> None:

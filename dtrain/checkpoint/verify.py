@@ -131,6 +131,7 @@ def _faults(
     manifest = Manifest.from_json(data)
     yield from read(METADATA, manifest.metadata, "not what was saved")[1]
     there = storage.files(folder)
+    items = _items(manifest)
     reads: list[_Read] = []
     for file, size in manifest.files.items():
         if file == METADATA:
@@ -141,7 +142,7 @@ def _faults(
         found = there[file].bytes
         if found != size:
             yield Fault(f"{folder}/{file}", min(found, size), max(found, size), "", f"{found} bytes long, not {size}")
-        reads += _reads(manifest, file, min(found, size))
+        reads += _reads(items[file], file, min(found, size), manifest.block_bytes)
     memory = threading.local()
 
     def check(read: _Read) -> list[Fault]:
@@ -195,18 +196,27 @@ class _Read(NamedTuple):
     ranges: list[_Range]
 
 
-def _reads(manifest: Manifest, file: str, size: int) -> Iterator[_Read]:
+def _items(manifest: Manifest) -> dict[str, list[tuple[str, Piece | Chunk]]]:
+    """What lies in each file, with its name."""
+    items: dict[str, list[tuple[str, Piece | Chunk]]] = {file: [] for file in manifest.files}
+    for name, piece in manifest.values.items():
+        items[piece.file].append((name, piece))
+    for name, item in manifest.tensors.items():
+        for chunk in item.chunks:
+            items[chunk.file].append((name, chunk))
+    return items
+
+
+def _reads(items: list[tuple[str, Piece | Chunk]], file: str, size: int, block_bytes: int) -> Iterator[_Read]:
     """All of a file."""
-    items: list[tuple[str, Piece | Chunk]] = [(name, piece) for name, piece in manifest.values.items()]
-    items += [(name, chunk) for name, item in manifest.tensors.items() for chunk in item.chunks]
     ranges: list[_Range] = []
     end = 0
-    for name, item in sorted((pair for pair in items if pair[1].file == file), key=lambda pair: pair[1].offset):
+    for name, item in sorted(items, key=lambda pair: pair[1].offset):
         if end < item.offset:
             ranges.append(_Range(end, item.offset, "", b""))
         end = item.offset + item.length
-        for number, start in enumerate(range(item.offset, end, manifest.block_bytes)):
-            stop = min(end, start + manifest.block_bytes)
+        for number, start in enumerate(range(item.offset, end, block_bytes)):
+            stop = min(end, start + block_bytes)
             ranges.append(_Range(start, stop, name, item.digests[number * DIGEST_BYTES :][:DIGEST_BYTES]))
     ranges += [_Range(start, min(size, start + _READ_BYTES), "", b"") for start in range(end, size, _READ_BYTES)]
     batch: list[_Range] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from tyro.extras import SubcommandApp
 
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.compare import compare, plain_values
-from dtrain.checkpoint.format import MANIFEST, Chunk, Manifest
+from dtrain.checkpoint.format import MANIFEST, Manifest
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.newest import newest_good
 from dtrain.checkpoint.reader import read_manifest
@@ -334,9 +335,9 @@ def _objects(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _files(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    chunks: list[Chunk] = [chunk for item in manifest.tensors.values() for chunk in item.chunks]
+    chunks = Counter(chunk.file for item in manifest.tensors.values() for chunk in item.chunks)
     for file, size in manifest.files.items():
-        yield {"file": file, "bytes": size, "chunks": sum(chunk.file == file for chunk in chunks)}
+        yield {"file": file, "bytes": size, "chunks": chunks[file]}
 
 
 def _first(rows: list[Any], pattern: str | None) -> list[Any]:
