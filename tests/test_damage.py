@@ -247,7 +247,7 @@ def _with_manifest(root: Path, step: int, change: Callable[[dict[str, Any]], Non
     alone(commit)
 
 
-def test_a_flipped_bit_anywhere_in_the_manifest_of_a_copy_is_detected(tmp_path: Path) -> None:
+def test_any_change_of_the_manifest_of_a_copy_is_detected(tmp_path: Path) -> None:
     """No run's log has a digest of it."""
     state = {"cut": torch.arange(8.0).reshape(4, 2), "lr": 0.001}
     copy = alone(lambda: write_tree(tmp_path / "run", state)).rename(tmp_path / "copy")
@@ -257,6 +257,12 @@ def test_a_flipped_bit_anywhere_in_the_manifest_of_a_copy_is_detected(tmp_path: 
         broken[place] ^= 1 << place % 7
         (copy / MANIFEST).write_bytes(broken)
         with pytest.raises((Damaged, StateError), match="manifest"):
+            open_source(copy)
+    edited = data.replace(b'"lr":0.001', b'"lr":0.009')
+    assert edited != data
+    for written in (edited + b"\n", json.dumps(json.loads(edited)).encode(), json.dumps(json.loads(data)).encode()):
+        (copy / MANIFEST).write_bytes(written)
+        with pytest.raises(Damaged, match="not those that its own digest was made of"):
             open_source(copy)
     earlier = data[: data.rindex(b',"digest"')] + b"}"
     (copy / MANIFEST).write_bytes(earlier)
