@@ -43,3 +43,12 @@ def test_an_import_of_a_single_tensor_or_a_list_is_refused(
     code, _, err = dtrain("import", weights, tmp_path / "run", "--key", key)
     assert (code, f"{key} is not the state of an object; name the dict" in err) == (2, True), err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e300"])
+def test_an_export_in_files_of_a_size_that_can_not_be_is_refused(
+    weights: Path, tmp_path: Path, dtrain: Dtrain, size: str
+) -> None:
+    code, _, err = dtrain("export", weights, tmp_path / "out", "--shard-gb", size)
+    assert (code, err) == (2, f"dtrain: error: --shard-gb {float(size)}: give a number above 0, such as 5\n")
+    assert not (tmp_path / "out").exists()

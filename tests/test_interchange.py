@@ -432,6 +432,21 @@ def test_damaged_files_of_others_are_errors_and_no_crash(tmp_path: Path) -> None
         assert "StateError" in outcomes
 
 
+BAD_SHAPES = ("[-2,-2]", "[2.0,2]", "[true,4]", '"4"', "4", "null", "[[4]]")
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"), [*((bad, "[0,16]") for bad in BAD_SHAPES), ("[4]", "[0.0,16.0]"), ("[4]", "[-16,0]")]
+)
+def test_a_header_of_safetensors_with_sizes_that_can_not_be_is_refused(
+    tmp_path: Path, shape: str, offsets: str
+) -> None:
+    header = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(StateError, match=r"a\.safetensors is no safetensors that can be read"):
+        open_source(tmp_path / "a.safetensors")
+
+
 def test_a_checkpoint_that_was_never_committed_is_no_source(run: Path) -> None:
     folder = folder_of(run, 7)
     copy = folder.with_name("step-00000009.e1.deadbeef")

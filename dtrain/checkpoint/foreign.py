@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.format import METADATA, Chunk, Manifest, TensorItem
+from dtrain.checkpoint.format import METADATA, Chunk, Manifest, TensorItem, numbers
 from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.records import BROKEN, Record, Records, load_plain, payload_of
 from dtrain.checkpoint.tree import Tree, dtype_name, encode
@@ -144,10 +144,10 @@ def _tensor(
     dtype, layout = entry["properties"].state[:2]
     if not isinstance(dtype, torch.dtype) or getattr(layout, "args", ("torch.strided",)) != ("torch.strided",):
         raise StateError(f"{name}: a tensor of {dtype}, {getattr(layout, 'args', layout)} can't be opened")
-    shape = _numbers(entry["size"])
+    shape = numbers(entry["size"])
     item = TensorItem(dtype_name(dtype), shape, [])
     for number, box in enumerate(entry["chunks"]):
-        offsets, sizes = _numbers(box["offsets"]), _numbers(box["sizes"])
+        offsets, sizes = numbers(box["offsets"]), numbers(box["sizes"])
         if len(offsets) != len(shape) or any(o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
             raise ValueError(f"{name} of shape {shape} has no box of {sizes} at {offsets}")
         info = places.get((name, tuple(offsets))) or places[name, None]
@@ -161,16 +161,9 @@ def _tensor(
     return item
 
 
-def _numbers(values: Any) -> list[int]:
-    numbers = list(values)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{numbers} are no sizes")
-    return numbers
-
-
 def _range(info: Record, files: dict[str, int]) -> tuple[str, int, int]:
     file = str(PurePosixPath(info["relative_path"]))
-    offset, length = _numbers((info["offset"], info["length"]))
+    offset, length = numbers((info["offset"], info["length"]))
     if offset + length > files[file]:
         raise ValueError(f"{file} has {files[file]} bytes, and an item of {length} at {offset}")
     return file, offset, length

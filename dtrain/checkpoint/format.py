@@ -201,6 +201,14 @@ def check_whole(name: str, shape: list[int], chunks: int, elements: int) -> None
         )
 
 
+def numbers(values: Iterable[Any]) -> list[int]:
+    """Sizes, or places, out of a file that somebody else has written. :raises ValueError: they can't be any."""
+    listed = list(values)
+    if not all(type(number) is int and number >= 0 for number in listed):
+        raise ValueError(f"{listed} are no sizes")
+    return listed
+
+
 def tensors_to_json(shapes: Mapping[str, tuple[str, Iterable[int]]]) -> str:
     """The manifest's `tensors`, of every tensor's type and shape."""
     return json.dumps({name: [dtype, list(shape)] for name, (dtype, shape) in shapes.items()}, separators=(",", ":"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint.format import Chunk, TensorItem
+from dtrain.checkpoint.format import Chunk, TensorItem, numbers
 from dtrain.checkpoint.tree import dtype_name
 from dtrain.errors import StateError
 from dtrain.storage.base import Storage
@@ -94,9 +94,9 @@ def _items(storage: Storage, file: str, size: int) -> dict[str, TensorItem]:
             continue
         if entry["dtype"] not in types:
             raise StateError(f"{storage.root}/{file}: {key} is of type {entry['dtype']}, which dtrain can't read")
-        dtype, shape, (begin, end) = types[entry["dtype"]], list(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = types[entry["dtype"]], numbers(entry["shape"]), numbers(entry["data_offsets"])
         start = 8 + length + begin
-        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
+        if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
             raise ValueError(f"{key} of shape {shape} can't lie at bytes {begin} to {end}")
         chunk = Chunk(file, start, end - begin, b"", 0, [0] * len(shape), shape)
         items[key] = TensorItem(dtype_name(dtype), shape, [chunk])

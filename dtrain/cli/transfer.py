@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -203,8 +204,8 @@ class Export:
     """Print JSON: {files, tensors, bytes, left_out, converted}."""
 
     def run(self) -> int:
-        if self.shard_gb <= 0:
-            raise ConfigError(f"--shard-gb {self.shard_gb}: give a size above 0")
+        if not 0 < self.shard_gb * _GB < math.inf:
+            raise ConfigError(f"--shard-gb {self.shard_gb}: give a number above 0, such as 5")
         if re.match(r"\w+:/", str(self.destination)):
             raise ConfigError(f"{self.destination}: an export goes to a disk; copy it from there")
         options = reached(self.storage_option, self.source)
