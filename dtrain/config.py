@@ -18,7 +18,7 @@ from typing import Any, Literal
 from dtrain.criteria import Best, EarlyStop, Guards
 from dtrain.errors import ConfigError
 from dtrain.storage.base import Storage
-from dtrain.storage.places import is_remote, storage_at
+from dtrain.storage.places import is_remote, on_disk, storage_at
 
 Unit = Literal["steps", "seconds", "epochs", "auto"]
 
@@ -220,6 +220,8 @@ class Config:
         for name in ("local_dir", "notice_file", "unit"):
             if not isinstance(getattr(self, name), str | Path):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a text")
+        for name in ("dir", "local_dir"):
+            object.__setattr__(self, name, on_disk(getattr(self, name)))
         if is_remote(self.local_dir):
             raise ConfigError(f"local_dir={self.local_dir!r} must be a folder of this machine")
         if is_remote(self.dir):

@@ -25,7 +25,7 @@ from dtrain.cli.table import bar, plural, print_json, shortened, size_text, widt
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
 from dtrain.observe.events import say
 from dtrain.storage.base import Storage
-from dtrain.storage.places import is_remote, storage_at
+from dtrain.storage.places import is_remote, on_disk, storage_at
 
 StorageOptions = Annotated[
     tuple[str, ...],
@@ -59,13 +59,14 @@ def reached(given: Sequence[str], *places: str) -> dict[str, Any]:
         if name not in _TEXTS:
             with contextlib.suppress(ValueError):  # numbers, true and false
                 options[name] = json.loads(value)
-    if options and not any(map(is_remote, places)):
+    if options and not any(map(is_remote, map(on_disk, places))):
         raise ConfigError(f"--storage-option {given[0]} is for a URL, and {places[0]} is none; leave it out")
     return options
 
 
 def open_run(folder: str, storage_option: Sequence[str] = ()) -> tuple[Storage, Log]:
     """:raises ConfigError: it is no run folder."""
+    folder = on_disk(folder)
     # Somebody sits in front of it.
     patience = {"timeout_s": _PATIENCE_S} if folder.startswith("s3://") else {}
     storage = storage_at(folder, patience | reached(storage_option, folder))
@@ -206,8 +207,9 @@ class Export:
     def run(self) -> int:
         if not 0 < self.shard_gb * _GB < math.inf:
             raise ConfigError(f"--shard-gb {self.shard_gb}: give a number above 0, such as 5")
-        if re.match(r"\w+:/", str(self.destination)):
-            raise ConfigError(f"{self.destination}: an export goes to a disk; copy it from there")
+        destination = Path(on_disk(self.destination))
+        if re.match(r"\w+:/", str(destination)):
+            raise ConfigError(f"{destination}: an export goes to a disk; copy it from there")
         options = reached(self.storage_option, self.source)
         source = _opened(self.source, step=self.step, name=self.object, storage_options=options)
         started = time.monotonic()
@@ -215,7 +217,7 @@ class Export:
         with still_there(source.storage, source.folder), bar("export", size) as progress:
             done = export_weights(
                 source,
-                self.destination,
+                destination,
                 name=None if self.all else self.object,
                 shard_bytes=int(self.shard_gb * _GB),
                 force=self.force,
@@ -288,7 +290,7 @@ class Import:
 
 def _opened(path: str, **asked: Any) -> Source:
     """See `open_source`."""
-    source = open_source(path, **asked)
+    source = open_source(on_disk(path), **asked)
     for text in source.passed_over:
         say(text)
     return source

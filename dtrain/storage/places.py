@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from dtrain.errors import ConfigError
 from dtrain.storage.aws import checked, split
@@ -22,17 +23,30 @@ def is_remote(place: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(place)
 
 
+def on_disk(place: str | os.PathLike[str]) -> str:
+    """A place as it was given, but the path of a URL such as `file:///data/run`: fsspec makes nothing durable there.
+
+    :raises ConfigError: it has no path from the root on.
+    """
+    place = os.fspath(place)
+    if not place.startswith("file:/"):
+        return place
+    if not (found := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/).*)", place)):
+        raise ConfigError(f"dir={place!r} must be like file:///data/run")
+    return unquote(found[1])
+
+
 def storage_at(
     place: str | os.PathLike[str], options: Mapping[str, Any] | None = None, *, unsafe_commit: bool = False
 ) -> Storage:
     """Nothing is opened yet.
 
-    :param place: a folder, `s3://bucket/prefix`, or a URL of another file system that fsspec knows.
+    :param place: a folder, `file:///folder`, `s3://bucket/prefix`, or a URL of another file system that fsspec knows.
     :param options: see `Config.storage_options`.
     :param unsafe_commit: see `Config.unsafe_commit`.
     :raises ConfigError: the place or an option can't be right.
     """
-    place = os.fspath(place)
+    place = on_disk(place)
     given = dict(options or {})
     if re.match(r"[a-z0-9]+:/[^/]", place):
         raise ConfigError(f"dir={place!r} has one slash where a URL has two: {place.replace(':/', '://', 1)!r}")
