@@ -135,6 +135,7 @@ def test_diff_tells_values_apart_that_python_writes_alike(tmp_path: Path, dtrain
     alone(work)
     code, out, _ = dtrain("diff", tmp_path, 1, 2)
     assert (code, out.splitlines()[1]) == (1, "values: 3 changed")
+    assert "array([0.12345679]) -> array([0.12345679]), not the same" in out
     assert list(json.loads(dtrain("diff", tmp_path, 1, 2, "--json")[1])["values"]) == [
         "dtrain.step",
         "kept.long",

@@ -29,8 +29,8 @@ class Difference:
     unknown: list[str] = field(default_factory=list)
     """Of the same type and shape, but cut in another way."""
     values: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
-    """Plain values that differ, old and new, as Python writes them; None where there is none. Two arrays may be
-    written alike."""
+    """Plain values that differ, old and new, as Python writes them; None where there is none. Of two that it
+    writes alike, as it may arrays, the new one says that they aren't the same."""
 
     def __bool__(self) -> bool:
         return any((self.changed, self.reshaped, self.only_old, self.only_new, self.unknown, self.values))
@@ -59,7 +59,7 @@ def compare(old: Manifest, new: Manifest) -> Difference:
     for name in sorted(values.keys() | others.keys()):
         if values.get(name) != others.get(name):
             was, is_now = (repr(of_one[name]) if name in of_one else None for of_one in leaves)
-            found.values[name] = (was, is_now)
+            found.values[name] = (was, f"{is_now}, not the same" if is_now == was else is_now)
     return found
 
 
