@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from dtrain.checkpoint.channel import Remote
-from dtrain.checkpoint.loading import load
 from dtrain.checkpoint.slots import Slots
 from dtrain.checkpoint.state import State
 from dtrain.errors import StateError, UsageError
@@ -226,63 +225,6 @@ def test_a_scaler_and_a_generator_come_back(tmp_path: Path) -> None:
     alone(work)
 
 
-class Versioned(nn.Module):
-    """A module whose state had another form in its first version."""
-
-    _version = 2
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3))
-        self.extra: dict[str, Any] = {}
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return self.extra
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.extra = state
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *args: Any) -> None:
-        if metadata.get("version", 1) < 2:
-            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 100
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-
-
-@pytest.mark.parametrize("before", [{"seen": 0, "mean": torch.zeros(2)}, {"mean": torch.zeros(0)}, {}])
-def test_a_modules_version_and_extra_state_come_back(tmp_path: Path, before: dict[str, Any]) -> None:
-    def work() -> None:
-        one, other = Versioned(), Versioned()
-        one.extra = {"seen": 7, "mean": torch.randn(2)}
-        save(tmp_path, model=nn.Sequential(one))
-        other.extra = before
-        restore(tmp_path, model=nn.Sequential(other))
-        assert bits(other.weight) == bits(one.weight), "the weight was taken for one of version 1"
-        assert list(differences(one.extra, other.extra)) == []
-
-    alone(work)
-
-
-@pytest.mark.parametrize("had", [True, False])
-def test_extra_state_that_only_the_checkpoint_or_only_the_model_has_is_named(tmp_path: Path, had: bool) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3))
-
-    before, now = (Versioned(), Plain()) if had else (Plain(), Versioned())
-    allow: dict[str, Any] = {"allow_unexpected" if had else "allow_missing": "*_extra_state"}
-
-    def work() -> None:
-        save(tmp_path, model=nn.Sequential(before))
-        with pytest.raises(StateError, match=rf"model\.0\._extra_state: {'in' if had else 'not in'} the checkpoint"):
-            restore(tmp_path, model=nn.Sequential(now))
-        assert bits(now.weight) != bits(before.weight)
-        load(tmp_path, {"model": nn.Sequential(now)}, **allow)
-        assert bits(now.weight) == bits(before.weight)
-
-    alone(work)
-
-
 @pytest.mark.parametrize("pair", [(1, 2), (2, 1), (3, 2)])
 def test_a_checkpoint_is_read_by_another_number_of_ranks(tmp_path: Path, pair: tuple[int, int]) -> None:
     def write(rank: int) -> None:
@@ -374,25 +316,6 @@ def test_an_optimizer_that_keeps_more_than_its_parameters_states_is_named() -> N
     state.track({"model": model, "sgd": optimizer})
     with pytest.raises(StateError, match="sgd: a Counting keeps 'calls', 'count' beside the states of its parameters"):
         state.tree({})
-
-
-@pytest.mark.parametrize("form", ["buffer", "parameter"])
-def test_a_tensor_that_was_expanded_is_refused_before_it_is_saved_or_loaded(tmp_path: Path, form: str) -> None:
-    def made(expanded: bool) -> nn.Module:
-        model = nn.Linear(2, 2)
-        scale = torch.ones(1).expand(5) if expanded else torch.zeros(5)
-        model.register_buffer("scale", scale) if form == "buffer" else setattr(model, "scale", nn.Parameter(scale))
-        return model
-
-    def work() -> None:
-        with pytest.raises(StateError, match=r"model\.scale: nothing can be loaded into an expanded tensor"):
-            save(tmp_path, model=made(expanded=True))
-        save(tmp_path, model=made(expanded=False))
-        with pytest.raises(StateError, match=r"model\.scale: .*; keep its \.contiguous\(\) in the module"):
-            load(tmp_path, {"model": made(expanded=True)})
-        load(tmp_path, {"model": made(expanded=True)}, skip="model.scale")
-
-    alone(work)
 
 
 def test_metrics_that_are_too_many_for_a_message_are_refused() -> None:
