@@ -60,6 +60,10 @@ def test_ls_tells_what_is_damaged_and_what_was_found_bad(run: Path, dtrain: Dtra
     assert "step 10 is bad: a byte is wrong" in out
     assert "step 20 is damaged: " in out
     assert "__1_0.distcp" in out
+    log.append(Entry(kind="good", epoch=log.epoch, time=0.0, step=10, attempt=attempt))
+    _, out, _ = dtrain("ls", run)
+    assert [line.split()[-1] for line in out.splitlines()[1:4]] == ["good", "damaged", "good"]
+    assert "step 10 is bad" not in out
 
 
 def test_show_has_objects_files_values_and_tensors(run: Path, dtrain: Dtrain) -> None:

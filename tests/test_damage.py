@@ -16,7 +16,7 @@ from dtrain.checkpoint.format import MANIFEST, METADATA, VERSION, Manifest, dige
 from dtrain.checkpoint.log import Entry
 from dtrain.checkpoint.sources import open_source
 from dtrain.errors import Damaged, NoGoodCheckpoint, StateError
-from tests.saving import Saver, bad, bits, commits, differences, folder_of, warnings
+from tests.saving import Saver, bad, bits, commits, differences, folder_of, log_of, warnings
 from tests.steps_of_a_run import contents, flip, make, objects, restored, spoil
 from tests.world import alone, errors, in_world
 from tests.written import write_tree
@@ -170,6 +170,23 @@ def test_files_that_were_away_count_again_when_they_are_back(tmp_path: Path) -> 
     assert open_source(tmp_path / "run").manifest.step == 20
     assert alone(lambda: restored(tmp_path / "run")) == 20
     assert [entry.step for entry in bad(tmp_path / "run")] == [20, 10]
+    assert commits(tmp_path / "run") == [20], "what was restored whole counts like any other"
+    assert alone(lambda: restored(tmp_path / "run")) == 20
+    kinds = [entry.kind for entry in log_of(tmp_path / "run").entries if entry.kind != "claim"]
+    assert kinds == ["commit", "commit", "bad", "bad", "good"]
+
+
+def test_what_was_found_bad_twice_with_a_restore_in_between_is_passed_over(tmp_path: Path) -> None:
+    make(tmp_path, [10, 20])
+    for step, other in ((20, 10), (10, 20)):
+        folder_of(tmp_path, step).rename(tmp_path / "away")
+        assert alone(lambda: restored(tmp_path)) == other
+        (tmp_path / "away").rename(folder_of(tmp_path, step))
+    assert commits(tmp_path) == [20]
+    spoil(tmp_path, 20)
+    assert alone(lambda: restored(tmp_path)) == 10
+    assert commits(tmp_path) == [10]
+    assert [entry.step for entry in bad(tmp_path)] == [20, 10, 20]
 
 
 def test_checkpoints_whose_log_is_lost_are_neither_passed_over_nor_deleted(tmp_path: Path) -> None:

@@ -213,6 +213,14 @@ def test_commits_are_those_that_are_neither_bad_nor_retired_in_order(storage: Lo
     for seen in (log, claimed(storage)):
         assert [e.step for e in seen.commits()] == [4, 5]
         assert [(e.step, e.reason) for e in seen.bad()] == [(2, "a bit")]
+    newer = claimed(storage)
+    newer.append(entry(newer, "good", 2, "a2"))
+    newer.append(entry(newer, "good", 3, "a3"))
+    assert [e.step for e in newer.commits()] == [2, 4, 5]
+    assert (newer.bad(), newer.found_bad()) == ([], [])
+    newer.append(entry(newer, "bad", 2, "a2", reason="another bit"))
+    assert [e.step for e in newer.commits()] == [4, 5]
+    assert [(e.step, e.reason) for e in newer.bad()] == [(2, "another bit")]
 
 
 def test_a_step_that_is_committed_again_counts_as_the_newest(storage: LocalStorage) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
-from tests.saving import Saver, commits, folder_of, log_of
-from tests.steps_of_a_run import make, restored, spoil
-from tests.world import alone
+import pytest
+
+from dtrain.checkpoint.log import Entry, Log
+from dtrain.checkpoint.policy import Keep, to_retire
+from dtrain.criteria import Best
+from dtrain.errors import NoGoodCheckpoint
+from dtrain.storage.local import LocalStorage
+from tests.saving import Background, Saver, commits, folder_of, log_of
+from tests.steps_of_a_run import make, objects, restored, spoil
+from tests.world import alone, errors
 
 
 def test_the_last_ones_are_kept_and_a_retire_entry_comes_before_each_removal(tmp_path: Path) -> None:
@@ -30,6 +39,60 @@ def test_a_bad_one_is_no_substitute_for_a_good_one_and_goes_with_its_age(tmp_pat
     make(tmp_path, [40, 50], keep_last=2)
     assert commits(tmp_path) == [40, 50]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def away_for_a_start(run: Path) -> None:
+    (run / "checkpoints").rename(run / "away")
+    (error,) = errors(1, lambda rank: restored(run))
+    assert isinstance(error, NoGoodCheckpoint)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / "away").rename(run / "checkpoints")
+
+
+@pytest.mark.parametrize("kind", [Saver, Background])
+def test_after_files_were_away_the_checkpoints_before_are_kept_until_there_are_enough_again(
+    tmp_path: Path, kind: type[Saver]
+) -> None:
+    make(tmp_path, [30, 40, 50])
+    away_for_a_start(tmp_path)
+    folders = {step: folder_of(tmp_path, step) for step in (30, 40, 50)}
+
+    def go_on(*steps: int) -> None:
+        saver = kind(tmp_path, **objects(999))
+        found = saver.restore()
+        assert found is not None
+        assert found.step == max(commits(tmp_path))
+        for step in steps:
+            saver.save(step)
+        if isinstance(saver, Background):
+            assert saver.end() == 0
+
+    alone(lambda: go_on(60))
+    assert commits(tmp_path) == [50, 60]
+    assert all(folder.is_dir() for folder in folders.values())
+    alone(lambda: go_on(70))
+    assert commits(tmp_path) == [50, 60, 70]
+    assert [step for step, folder in folders.items() if folder.is_dir()] == [50]
+
+
+def test_one_that_was_found_bad_is_kept_where_it_would_be_as_a_good_one(tmp_path: Path) -> None:
+    log = Log(LocalStorage(str(tmp_path)))
+    log.claim(0.0, "")
+    for step in (900, 1000, 1100, 1200, 1300):
+        metrics = {"val": 0.0 if step == 900 else 1.0}
+        log.append(Entry(kind="commit", epoch=1, time=step, step=step, attempt=f"{step}", metrics=metrics))
+    for step in (900, 1000, 1100):
+        log.append(Entry(kind="bad", epoch=1, time=0.0, step=step, attempt=f"{step}"))
+
+    def retired(**rules: Any) -> list[int]:
+        return [entry.step for entry in to_retire(log, Keep(last=2, **rules), 2000)]
+
+    assert retired() == [900, 1000, 1100]
+    assert retired(every=1000) == [900, 1100]
+    assert retired(best=Best("val")) == [1000, 1100]
+    assert retired(younger_s=950) == [900, 1000]
+    log.append(Entry(kind="bad", epoch=1, time=0.0, step=1200, attempt="1200"))
+    assert retired() == [], "there are not enough good ones"
 
 
 def test_what_was_retired_but_not_removed_yet_is_removed_by_the_next_claim(tmp_path: Path) -> None:

@@ -98,10 +98,17 @@ class Catalog:
 
     def condemn(self, attempt: str, step: int, reason: str) -> None:
         """Mark a checkpoint as bad: it is passed over from now on. Who was told so before doesn't say it again."""
-        if any(entry.kind == "bad" and entry.attempt == attempt for entry in self.log.entries):
+        if any(entry.attempt == attempt for entry in self.log.bad()):
             return
         self._append("bad", step=step, attempt=attempt, reason=reason)
         self._events.warn(f"checkpoint of step {step} is damaged and passed over: {reason}")
+
+    def acquit(self, attempt: str, step: int) -> None:
+        """Take back that a checkpoint is bad, as it was restored whole: from now on it counts like any other."""
+        if not any(entry.attempt == attempt for entry in self.log.bad()):
+            return
+        self._append("good", step=step, attempt=attempt)
+        self._events.warn(f"checkpoint of step {step} couldn't be read before, and is good: it counts again")
 
     def discard(self, attempt: str) -> None:
         """Delete an attempt's folder."""

@@ -34,6 +34,9 @@ class Client(Protocol):
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         """On rank 0: mark a checkpoint as bad. :param place: see `Saver`."""
 
+    def acquit(self, attempt: str, step: int, place: int = 0) -> None:
+        """On rank 0: take back that a checkpoint is bad."""
+
     def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         """Have a snapshot saved, after the save before it if that is still under way. :param place: see `Saver`."""
 
@@ -63,6 +66,9 @@ class Remote:
 
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         self._ask("condemn", attempt=attempt, step=step, reason=reason, place=place)
+
+    def acquit(self, attempt: str, step: int, place: int = 0) -> None:
+        self._ask("acquit", attempt=attempt, step=step, place=place)
 
     def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         self.wait()
@@ -126,6 +132,9 @@ class Direct:
 
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         self._saver.condemn(attempt, step, reason, place)
+
+    def acquit(self, attempt: str, step: int, place: int = 0) -> None:
+        self._saver.acquit(attempt, step, place)
 
     def begin(self, snapshot: Snapshot, metrics: dict[str, float], place: int = 0) -> None:
         self.wait()

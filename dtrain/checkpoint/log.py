@@ -9,6 +9,7 @@ An entry is one of
     claim   a new generation takes the run over, under the next epoch
     commit  a checkpoint is whole and durable: step, attempt, digest of its manifest
     bad     a committed checkpoint failed its check
+    good    one that had failed it was restored whole: what couldn't be read then is back
     retire  a committed checkpoint is about to be deleted
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
@@ -29,7 +29,7 @@ from dtrain.storage.base import Distant, Storage, looks
 FOLDER = "log"
 _MOST_LEFT_OUT = 1000
 """Entries that may have been added while a listing was made. A larger gap is none of that kind."""
-Kind = Literal["claim", "commit", "bad", "retire"]
+Kind = Literal["claim", "commit", "bad", "good", "retire"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,18 +166,22 @@ class Log:
 
     def commits(self) -> list[Entry]:
         """The commits that were neither found bad nor retired, oldest first, in the order of the log."""
-        gone = {entry.attempt for entry in self.entries if entry.kind in ("bad", "retire")}
+        gone = self._retired() | {entry.attempt for entry in self.bad()}
         return [entry for entry in self.entries if entry.kind == "commit" and entry.attempt not in gone]
 
-    def bad(self) -> Iterator[Entry]:
-        """The commits that failed their check and still lie there."""
-        retired = {entry.attempt for entry in self.entries if entry.kind == "retire"}
-        return (entry for entry in self.entries if entry.kind == "bad" and entry.attempt not in retired)
+    def bad(self) -> list[Entry]:
+        """Of the commits that failed their check and still lie there, what was said of each at last."""
+        judged = {entry.attempt: entry for entry in self.entries if entry.kind in ("bad", "good")}
+        retired = self._retired()
+        return [entry for entry in judged.values() if entry.kind == "bad" and entry.attempt not in retired]
 
     def found_bad(self) -> list[Entry]:
         """Their commits, oldest first."""
         attempts = {entry.attempt for entry in self.bad()}
         return [entry for entry in self.entries if entry.kind == "commit" and entry.attempt in attempts]
+
+    def _retired(self) -> set[str]:
+        return {entry.attempt for entry in self.entries if entry.kind == "retire"}
 
     def _create(self, entry: Entry) -> Entry | None:
         """Try to be the next; None if somebody else was."""

@@ -239,10 +239,16 @@ class Manager:
                 from_rank_0(functools.partial(self._client.condemn, commit.attempt, commit.step, problem, place))
                 continue
             position = state.apply(manifest, targets)
+            from_rank_0(functools.partial(self._acquit, logs[place], commit, place))
             if dist.get_rank() == 0:
                 seconds = time.monotonic() - started
                 self._events.emit("restored", step=commit.step, seconds=seconds, place=_PLACES[place])
             return Restored(commit.step, position, place == 0, min(newest, commit.step))
+
+    def _acquit(self, log: Log, commit: Entry, place: int) -> None:
+        """On rank 0: have a checkpoint count again that was found bad before, now that it is restored whole."""
+        if any(entry.attempt == commit.attempt for entry in log.bad()):
+            self._client.acquit(commit.attempt, commit.step, place)
 
     def _candidates(self, logs: list[Log]) -> Iterator[tuple[int, tuple[Entry, bytes]] | None]:
         """The good commits of all places, newest first, each with its place; None if there is none."""

@@ -34,27 +34,39 @@ class Keep:
 def to_retire(log: Log, keep: Keep, now: float) -> list[Entry]:
     """The commits that are to be deleted.
 
-    One that was found bad is kept as long as the good ones of its age, for whoever wants to know what happened.
+    One that was found bad is kept as long as a good one of its age would be, and until there are enough good ones: it
+    may only have been out of reach.
     """
-    good = log.commits()
-    if not good:
+    good, failed = log.commits(), log.found_bad()
+    newest = sorted(_copies(good).values(), key=lambda entry: entry.number)[-max(keep.last, _LEAST) :]
+    if not newest:
         return []
-    copies = {entry.step: entry for entry in good}  # of a step that was committed twice, the later one
-    newest = sorted(copies.values(), key=lambda entry: entry.number)[-max(keep.last, _LEAST) :]
-    kept = {entry.number for entry in newest}
+    kept = {entry.number for entry in newest} | _chosen(good, keep, now)
+    kept |= _chosen(sorted([*good, *failed], key=lambda entry: entry.number), keep, now)  # as if all were good
+    enough = len(newest) == max(keep.last, _LEAST)
+    failed = [entry for entry in failed if enough and entry.number < newest[0].number]
+    return [entry for entry in (*good, *failed) if entry.number not in kept]
+
+
+def _copies(commits: list[Entry]) -> dict[int, Entry]:
+    """By step; of one that was committed twice, the later one."""
+    return {entry.step: entry for entry in commits}
+
+
+def _chosen(commits: list[Entry], keep: Keep, now: float) -> set[int]:
+    """The numbers of those that are kept whatever their age among the others."""
+    kept: set[int] = set()
     if keep.every is not None:
         passed = 0
-        for entry in good:
+        for entry in commits:
             if entry.step // keep.every > passed:
                 kept.add(entry.number)
             passed = max(passed, entry.step // keep.every)
     if keep.younger_s is not None:
-        kept |= {entry.number for entry in good if now - entry.time < keep.younger_s}
+        kept |= {entry.number for entry in commits if now - entry.time < keep.younger_s}
     if keep.best is not None:
-        kept |= {entry.number for entry in best_of(good, keep.best)}
-    bad = {entry.attempt for entry in log.bad()}
-    failed = [e for e in log.entries if e.kind == "commit" and e.attempt in bad and e.number < newest[0].number]
-    return [entry for entry in good if entry.number not in kept] + failed
+        kept |= {entry.number for entry in best_of(commits, keep.best)}
+    return kept
 
 
 def best_of(commits: list[Entry], best: Best) -> list[Entry]:

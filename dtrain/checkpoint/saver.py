@@ -99,16 +99,23 @@ class Saver:
 
     def condemn(self, attempt: str, step: int, reason: str, place: int = 0) -> None:
         """On rank 0: mark a checkpoint as bad."""
+        self._note(place, step, lambda catalog: catalog.condemn(attempt, step, reason))
+
+    def acquit(self, attempt: str, step: int, place: int = 0) -> None:
+        """On rank 0: take back that a checkpoint is bad."""
+        self._note(place, step, lambda catalog: catalog.acquit(attempt, step))
+
+    def _note(self, place: int, step: int, note: Callable[[Catalog], None]) -> None:
         self.claim()
         catalog = self._catalogs[place]
         try:
             with self._lock:
                 if catalog.epoch:
-                    catalog.condemn(attempt, step, reason)
+                    note(catalog)
         except OSError as error:
             if place == 0:
                 raise
-            self._events.warn(f"{catalog.storage.root}: step {step} can't be marked as bad: {_text(error)}")
+            self._events.warn(f"{catalog.storage.root}: what was found of step {step} can't be noted: {_text(error)}")
 
     def save(self, snapshot: Snapshot, number: int, metrics: dict[str, float], place: int = 0) -> Outcome:
         """Write one rank's part, and have all of it committed. All ranks' savers must come to it.

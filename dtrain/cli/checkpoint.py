@@ -299,10 +299,10 @@ class Diff:
 
 def state_of(log: Log, commit: Entry) -> tuple[str, str]:
     """What the log says of a commit: good, bad or retired; and why."""
-    marks = {e.kind: e.reason for e in log.entries if e.attempt == commit.attempt and e.kind != "commit"}
-    if "retire" in marks:
+    if any(entry.kind == "retire" and entry.attempt == commit.attempt for entry in log.entries):
         return "retired", ""
-    return ("bad", marks["bad"]) if "bad" in marks else ("good", "")
+    bad = {entry.attempt: entry.reason for entry in log.bad()}
+    return ("bad", bad[commit.attempt]) if commit.attempt in bad else ("good", "")
 
 
 def _manifest(storage: Storage, commit: Entry) -> Manifest:
