@@ -126,3 +126,14 @@ def test_uncommitted_attempts_are_removed_by_the_next_claim_but_for_those_of_a_n
 def test_a_step_that_was_committed_twice_takes_one_place_of_the_last_ones(tmp_path: Path) -> None:
     make(tmp_path, [10, 20, 20, 30], keep_last=3)
     assert commits(tmp_path) == [10, 20, 30]
+
+
+def test_of_a_step_that_is_kept_for_ever_the_copy_with_metrics_is_kept(tmp_path: Path) -> None:
+    log = Log(LocalStorage(str(tmp_path)))
+    log.claim(0.0, "")
+    for step in (900, 1000, 1000, 1100, 1200, 1300):
+        measured = {"val": 1.0} if log.entries[-1].step == 1000 == step else {}
+        attempt = f"{step} {measured}"
+        log.append(Entry(kind="commit", epoch=1, time=0.0, step=step, attempt=attempt, metrics=measured))
+    retired = to_retire(log, Keep(last=2, every=1000), 0.0)
+    assert [entry.attempt for entry in retired] == ["900 {}", "1000 {}", "1100 {}"]

@@ -58,10 +58,10 @@ def _chosen(commits: list[Entry], keep: Keep, now: float) -> set[int]:
     kept: set[int] = set()
     if keep.every is not None:
         passed = 0
-        for entry in commits:
-            if entry.step // keep.every > passed:
+        for step, entry in sorted(_copies(commits).items()):
+            if step // keep.every > passed:
                 kept.add(entry.number)
-            passed = max(passed, entry.step // keep.every)
+            passed = step // keep.every
     if keep.younger_s is not None:
         kept |= {entry.number for entry in commits if now - entry.time < keep.younger_s}
     if keep.best is not None:
