@@ -153,6 +153,9 @@ def test_weights_alone_are_loaded_without_a_word_on_the_rest(run: Path) -> None:
             [f"optimizer.state.head.bias.{key}" for key in ("exp_avg", "exp_avg_sq", "step")],
         ),
         ({"only": ["optimizer.param_groups.0.lr"]}, []),
+        ({"only": ["kept"]}, ["kept.at"]),
+        ({"only": "mod?l", "skip": "*.weight"}, ["model.encoder.bias", "model.head.bias"]),
+        ({"skip": ["optimizer", "model", "kept"]}, []),
     ],
 )
 def test_patterns_choose_what_is_loaded_and_all_else_stays(
@@ -171,6 +174,18 @@ def test_patterns_choose_what_is_loaded_and_all_else_stays(
     rate = saved if choice["only" if "only" in choice else "skip"] == ["optimizer.param_groups.0.lr"] else before
     assert now["optimizer"]["param_groups"][0]["lr"] == rate["optimizer"]["param_groups"][0]["lr"]
     assert now["kept"]["seed"] == (2 if "kept.at" in loaded else 9)
+
+
+def test_an_object_may_be_named_for_all_that_it_has(run: Path) -> None:
+    objects = made(9)
+    assert len(load(run, {"model": objects["model"]}, only=["model"]).tensors) == 4
+    assert list(differences(tree(made(2))["model"], tree(objects)["model"])) == []
+    assert load(run, {"model": other_model(), "kept": Kept()}, skip="model").tensors == ("kept.at",)
+    allowed: dict[str, Any] = {f"allow_{kind}": "model" for kind in DIFFERENCES}
+    assert load(run, {"model": other_model()}, **allowed).tensors == ("model.encoder.bias",)
+    assert load(run, {"model": made(9)["model"]}, skip="optimizer").left == ()
+    with pytest.raises(StateError, match="only='optimizer' matches nothing in "):
+        load(run, {"model": made(9)["model"]}, only="optimizer")
 
 
 def test_what_means_nothing_in_part_is_not_loaded_in_part(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""`Choice`: what patterns choose by whole dotted names, as a shell would."""
+"""`Choice`: what patterns choose by whole dotted names, as a shell would. An object's name stands for all that it has."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Choice:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    named = name, name.partition(".")[0]
+    return any(fnmatchcase(part, pattern) for pattern in patterns for part in named)
 
 
 def patterns_of(option: str, given: Iterable[str]) -> list[str]:

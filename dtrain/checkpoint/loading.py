@@ -5,8 +5,9 @@
     load("runs/x", {"model": model}, only=["model.encoder.*"])             a part
     load("runs/x", {"model": model}, skip=["model.head.*"])                all but a part, which stays as it is
 
-Patterns are those of a shell, and match whole dotted names such as "model.encoder.0.weight". What differs between the
-objects and what was saved is an error that lists all of it, unless it is allowed by name.
+Patterns are those of a shell, and match whole dotted names such as "model.encoder.0.weight", or the name of an object,
+such as "optimizer", for all of it. What differs between the objects and what was saved is an error that lists all of
+it, unless it is allowed by name.
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, 
     names |= _names({name: _decoded(manifest)[name] for name in objects if name in manifest.tree})
     names |= {difference.name for difference in differences}
     given = {"only": chosen.only, "skip": chosen.skip} | {f"allow_{kind}": known for kind, known in allowed.items()}
-    for option, patterns in given.items():
-        check_patterns(option, patterns, names, found.place)
     others = manifest.tree.keys() - objects.keys()
+    for option, patterns in given.items():
+        check_patterns(option, patterns, names - others if option == "only" else names, found.place)
     refused = [
         difference
         for difference in differences
