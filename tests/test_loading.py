@@ -285,6 +285,57 @@ def test_an_optimizer_follows_the_model_it_is_of(run: Path) -> None:
     objects["optimizer"].step()
 
 
+def with_one_beside(seed: int) -> dict[str, Any]:
+    """As `made`, with another module, and an optimizer of its own, beside the model."""
+    held = made(seed)
+    other = nn.Linear(3, 4)
+    stepped = torch.optim.AdamW(other.parameters(), lr=0.01 * seed)
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    stepped.step()
+    return held | {"other": other, "other_optimizer": stepped}
+
+
+def test_a_model_and_its_optimizer_are_loaded_whatever_was_tracked_beside_them(run: Path, tmp_path: Path) -> None:
+    alone(lambda: write(tmp_path, 2, **with_one_beside(2)))
+    expected, objects = tree(with_one_beside(2)), made(9)
+    del objects["kept"]
+    assert load(tmp_path, objects).step == 2
+    assert list(differences({name: expected[name] for name in objects}, tree(objects))) == []
+    objects = with_one_beside(9)
+    part = {"model": objects["model"], "optimizer": objects["optimizer"]}
+    load(tmp_path, part, only=["model", "optimizer.state.model.head.*"])
+    state = objects["optimizer"].state_dict()["state"]
+    for index, source in enumerate((made(9), made(9), made(2), made(2))):
+        assert list(differences(tree(source)["optimizer"]["state"][index], state[index])) == []
+    # And the other way round: a run that tracked one, loaded beside another.
+    before, objects = tree(with_one_beside(9)), with_one_beside(9)
+    load(run, objects, allow_missing=["other", "other_optimizer"])
+    for name, value in tree(objects).items():
+        assert list(differences((before if name.startswith("other") else expected)[name], value)) == []
+
+
+def test_an_optimizer_follows_its_model_beside_others(tmp_path: Path) -> None:
+    alone(lambda: write(tmp_path, 2, **with_one_beside(2)))
+    objects = made(9, names=("encoder", "extra"))
+    del objects["kept"]
+    with pytest.raises(StateError) as caught:
+        load(tmp_path, objects)
+    assert "optimizer: " not in str(caught.value)
+    load(tmp_path, objects, allow_missing="model.extra.*", allow_unexpected="model.head.*")
+    saved, fresh = made(2)["optimizer"].state_dict(), made(9, names=("encoder", "extra"))["optimizer"].state_dict()
+    for index, source in enumerate((saved, saved, fresh, fresh)):
+        assert list(differences(source["state"][index], objects["optimizer"].state_dict()["state"][index])) == []
+
+
+def test_an_optimizer_of_which_the_parameters_were_numbered_is_refused(tmp_path: Path) -> None:
+    torch.save(tree(made(2)), tmp_path / "saved.pt")
+    objects = made(9)
+    with pytest.raises(StateError, match="optimizer: 0 left group 0"):
+        load(tmp_path / "saved.pt", {"model": objects["model"], "optimizer": objects["optimizer"]})
+    assert list(differences(tree(made(9))["model"], tree(objects)["model"])) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

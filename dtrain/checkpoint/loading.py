@@ -121,6 +121,7 @@ def _tracked(objects: Mapping[str, Any]) -> State:
 def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, Sequence[str]]) -> _Plan:
     """:raises StateError: something differs and isn't allowed, or a pattern matches nothing."""
     objects, manifest = state.objects, found.manifest
+    state.name_as(manifest)
     differences = state.differences(manifest)
     names = _names({name: state.state_of(name) for name in objects}) | objects.keys()
     names |= _names({name: _decoded(manifest)[name] for name in objects if name in manifest.tree})
@@ -258,9 +259,9 @@ class _Plan:
         if name in self._left:
             return
         live = self._state.state_of(name)
-        modules = list(self._state.modules())
-        prefix = f"{modules[0]}." if len(modules) == 1 else ""
-        known = {key for group in live["param_groups"] for key in group["params"] if prefix + key not in self._left}
+        left_off = self._state.left_off(name)
+        keys = [key for group in live["param_groups"] for key in group["params"]]
+        known = {key for key in keys if self._left.isdisjoint((key, left_off + key))}
         self._take(f"{name}.state.", {key: kept for key, kept in saved["state"].items() if key in known})
         if len(saved["param_groups"]) == len(live["param_groups"]):
             for number, group in enumerate(saved["param_groups"]):

@@ -30,6 +30,7 @@ class State:
     def __init__(self) -> None:
         self.objects: dict[str, Any] = {}
         self._checked: set[int] = set()
+        self._left_off: dict[str, str] = {}
 
     def track(self, objects: Mapping[str, Any]) -> None:
         """:raises UsageError: a name is taken, or an object has nothing to save."""
@@ -207,17 +208,35 @@ class State:
             if parameter_name in saved["state"]:
                 optimizer.state[parameter] = uncast(optimizer.state[parameter], saved["state"][parameter_name])
 
+    def name_as(self, manifest: Manifest) -> None:
+        """From now on, name the optimizers' parameters as in a checkpoint, of a run that may have tracked other modules
+        beside these."""
+        known = [f"{module}." for module in self.modules() if module in manifest.tree]
+        for name, value in self.objects.items():
+            saved = manifest.tree.get(name)
+            if isinstance(value, Optimizer) and isinstance(saved, dict) and "param_groups" in saved:
+                keys = {key for group in saved["param_groups"] for key in group["params"]}
+                found = {}
+                for form in (self.left_off(name), "", *(known if len(known) == 1 else ())):
+                    self._left_off[name] = form
+                    found[form] = len(keys.intersection(self._parameter_names(name, value).values()))
+                self._left_off[name] = max(found, key=found.__getitem__)
+
+    def left_off(self, name: str) -> str:
+        """What the parameters of an optimizer are named without: the module before the dot, where there is only one."""
+        modules = list(self.modules())
+        return self._left_off.get(name, f"{modules[0]}." if len(modules) == 1 else "")
+
     def _parameter_names(self, name: str, optimizer: Optimizer) -> dict[torch.Tensor, str]:
         """The optimizer's parameters in its own order, with their names in the tracked modules.
 
         :raises StateError: a parameter is in none of them.
         """
-        modules = self.modules()
+        left_off = self.left_off(name)
         names: dict[torch.Tensor, str] = {}
-        for module_name, module in modules.items():
-            prefix = f"{module_name}." if len(modules) > 1 else ""
+        for module_name, module in self.modules().items():
             for key, parameter in module.named_parameters():
-                names[parameter] = prefix + key
+                names[parameter] = f"{module_name}.{key}".removeprefix(left_off)
         found: dict[torch.Tensor, str] = {}
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
@@ -262,11 +281,10 @@ class State:
             counts = f"saved with {len(before_groups)} parameter groups, now {len(now_groups)}"
             yield Difference(f"{name}.param_groups", "other", counts, of=name)
             return
-        modules = list(self.modules())
-        prefix = f"{modules[0]}." if len(modules) == 1 else ""
+        left_off = self.left_off(name)
         for number, (before, now) in enumerate(zip(before_groups, now_groups, strict=True)):
-            for key in sorted(before ^ now):
-                if prefix + key in differing:
+            for key in sorted(before ^ now, key=str):  # in a file of torch.save they are numbers
+                if key in differing or f"{left_off}{key}" in differing:
                     continue
                 kind: Kind = "unexpected" if key in before else "missing"
                 text = f"{key} left group {number}" if key in before else f"{key} is new in group {number}"
