@@ -356,9 +356,49 @@ def test_an_optimizer_of_which_the_parameters_were_numbered_is_refused(tmp_path:
     ],
 )
 def test_other_objects_are_refused(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str) -> None:
+    objects = change(made(9))
     with pytest.raises(StateError) as caught:
-        load(run, change(made(9)))
+        load(run, objects)
     assert message in str(caught.value)
+    if "model" in objects:
+        assert list(differences(tree(made(9))["model"], tree(objects)["model"])) == [], "nothing has changed"
+
+
+def test_an_option_may_be_had_of_another_kind_of_optimizer(run: Path) -> None:
+    objects = made(9)
+    optimizer = torch.optim.SGD(objects["model"].parameters())
+    part = {"model": objects["model"], "optimizer": optimizer}
+    load(run, part, only=["model", "optimizer.param_groups.0.lr"])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.2, 0)
+    assert list(differences(tree(made(2))["model"], tree(objects)["model"])) == []
+
+
+def test_options_that_an_older_torch_did_not_save_are_filled_in(run: Path, tmp_path: Path) -> None:
+    older = made(2)
+    for name in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        del older["optimizer"].param_groups[0][name]
+    alone(lambda: write(tmp_path, 2, **older))
+    objects = made(9)
+    load(tmp_path, objects)
+    assert objects["optimizer"].param_groups[0].keys() == made(9)["optimizer"].param_groups[0].keys()
+    assert objects["optimizer"].param_groups[0]["lr"] == 0.2
+
+
+class Filling(torch.optim.SGD):
+    """Knows a value for what its state was saved without."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("momentum", 0.5)
+            group.setdefault("dampening", 0.0)
+
+
+def test_an_optimizer_of_somebody_elses_may_fill_in_what_it_was_saved_without(run: Path) -> None:
+    objects = made(9)
+    optimizer = Filling(objects["model"].parameters())
+    load(run, {"model": objects["model"], "optimizer": optimizer})
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.2, 0.5)
 
 
 def test_more_than_twenty_differences_are_counted(run: Path) -> None:

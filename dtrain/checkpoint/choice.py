@@ -21,7 +21,11 @@ class Choice:
 
     def any(self, name: str, names: Iterable[str]) -> bool:
         """Whether something of it is chosen, be it a tensor or what holds several of `names`."""
-        return any(map(self, [inner for inner in names if inner.startswith(f"{name}.")] or [name]))
+        return any(map(self, _inside(name, names)))
+
+    def all(self, name: str, names: Iterable[str]) -> bool:
+        """Whether all of it is chosen."""
+        return all(map(self, _inside(name, names)))
 
     def whole(self, name: str, leaves: Sequence[str]) -> bool:
         """Whether something is chosen that means nothing in part. :raises StateError: a part of it is."""
@@ -32,6 +36,10 @@ class Choice:
                 f"values; choose or skip {name + '*'!r}"
             )
         return count > 0
+
+
+def _inside(name: str, names: Iterable[str]) -> list[str]:
+    return [inner for inner in names if inner.startswith(f"{name}.")] or [name]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dtrain.checkpoint.format import Manifest
 from dtrain.checkpoint.tree import dtype_name, flatten
 
-Kind = Literal["missing", "unexpected", "reshaped", "retyped", "other"]
+Kind = Literal["missing", "unexpected", "reshaped", "retyped", "options", "other"]
+PARAMETERS = ("params", "param_names")
+"""What an optimizer's parameter group has besides options."""
 
 _MOST_NAMED = 20
 """More differences than this are counted instead of listed."""
@@ -76,3 +80,28 @@ def module_differences(name: str, module: nn.Module, manifest: Manifest) -> Iter
             yield Difference(key, "missing", "not in the checkpoint")
         else:
             yield Difference(key, "unexpected", "in the checkpoint only")
+
+
+def lacking(optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[str, Any]) -> set[str]:
+    """The options that an optimizer would be without, once it is given a parameter group that was saved.
+
+    What an older version of torch has saved may have fewer, which the newer one's optimizer fills in. What an optimizer
+    of somebody else's fills in is known only when it is done.
+    """
+    kind = type(optimizer)
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks or optimizer._optimizer_load_state_dict_post_hooks
+    own = kind.load_state_dict is not Optimizer.load_state_dict
+    if hooks or own or not kind.__setstate__.__module__.startswith("torch.optim."):
+        return set()
+    twin: Optimizer = object.__new__(kind)
+    twin.__dict__ |= vars(optimizer) | {"defaults": dict(optimizer.defaults)}
+    twin.__setstate__({"state": defaultdict(dict), "param_groups": [{**saved, "params": []}]})
+    return live.keys() - {*twin.param_groups[0], *PARAMETERS}
+
+
+def of_another_kind(optimizer: Optimizer, number: int, missing: Iterable[str]) -> str:
+    """What is to be said of a group that was saved without these options."""
+    return (
+        f"saved by another kind of optimizer than a {type(optimizer).__qualname__}: group {number} was saved without "
+        f"{', '.join(sorted(missing))}"
+    )

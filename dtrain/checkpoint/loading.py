@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dtrain.checkpoint.choice import Choice, check_patterns, matches, patterns_of
-from dtrain.checkpoint.difference import Difference, listed
+from dtrain.checkpoint.difference import PARAMETERS, Difference, listed
 from dtrain.checkpoint.format import Manifest, digest
 from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
@@ -38,7 +38,6 @@ from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, S
 from dtrain.storage.places import is_remote, storage_at
 
 T = TypeVar("T")
-_PARAMETERS = ("params", "param_names")
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, 
         difference
         for difference in differences
         if difference.name not in others
-        and chosen.any(difference.name, names)
+        # Some of its options may be had of another kind of optimizer: the rest stays as it is.
+        and (chosen.all if difference.kind == "options" else chosen.any)(difference.name, names)
         and not matches(difference.name, allowed.get(difference.kind, []))
     ]
     if refused:
@@ -282,11 +282,11 @@ class _Plan:
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Of an optimizer's parameter group, without the parameters."""
-    return {key: value for key, value in group.items() if key not in _PARAMETERS}
+    return {key: value for key, value in group.items() if key not in PARAMETERS}
 
 
 def _parameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key in _PARAMETERS}
+    return {key: value for key, value in group.items() if key in PARAMETERS}
 
 
 def _names(tree: Mapping[str, Any]) -> set[str]:

@@ -15,7 +15,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dtrain.checkpoint.difference import Difference, Kind, is_extra, listed, module_differences
+from dtrain.checkpoint.difference import (
+    Difference,
+    Kind,
+    is_extra,
+    lacking,
+    listed,
+    module_differences,
+    of_another_kind,
+)
 from dtrain.checkpoint.format import Manifest, TensorItem
 from dtrain.checkpoint.tree import decode, dtype_named, flatten, is_expanded
 from dtrain.errors import StateError, UsageError
@@ -188,11 +196,8 @@ class State:
             }
         )
         for number, (before, group) in enumerate(zip(options, optimizer.param_groups, strict=True)):
-            if missing := sorted(before - set(group)):
-                raise StateError(
-                    f"{name}: saved by another kind of optimizer than a {type(optimizer).__qualname__}: group {number} "
-                    f"was saved without {', '.join(missing)}"
-                )
+            if missing := before - set(group):
+                raise StateError(f"{name}: {of_another_kind(optimizer, number, missing)}")
 
         # load_state_dict casts to the parameter's type; what was kept in another one comes back as it was.
         def uncast(loaded: Any, kept: Any) -> Any:
@@ -275,8 +280,8 @@ class State:
         if not isinstance(saved, dict) or "param_groups" not in saved:
             yield Difference(name, "other", "an optimizer now, but something else was saved")
             return
-        before_groups = [set(group["params"]) for group in saved["param_groups"]]
-        now_groups = [set(group["params"]) for group in self.state_of(name)["param_groups"]]
+        live = self.state_of(name)["param_groups"]
+        before_groups, now_groups = ([set(group["params"]) for group in of] for of in (saved["param_groups"], live))
         if len(before_groups) != len(now_groups):
             counts = f"saved with {len(before_groups)} parameter groups, now {len(now_groups)}"
             yield Difference(f"{name}.param_groups", "other", counts, of=name)
@@ -289,6 +294,9 @@ class State:
                 kind: Kind = "unexpected" if key in before else "missing"
                 text = f"{key} left group {number}" if key in before else f"{key} is new in group {number}"
                 yield Difference(f"{name}.state.{key}", kind, text, of=name)
+            if missing := lacking(optimizer, saved["param_groups"][number], live[number]):
+                text = of_another_kind(optimizer, number, missing)
+                yield Difference(f"{name}.param_groups.{number}", "options", text, of=name)
 
     def _compare(self, manifest: Manifest) -> None:
         found = self.differences(manifest)
