@@ -444,6 +444,19 @@ def out_of_reach(work: Callable[[], object]) -> object:
         return work()
 
 
+@pytest.mark.parametrize("only", [(), ["optimizer"]])
+def test_what_is_on_the_meta_device_is_refused_and_loaded_once_it_has_memory(run: Path, only: list[str]) -> None:
+    with torch.device("meta"):
+        model = nn.Module()
+        model.encoder, model.head = nn.Linear(3, 4), nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(StateError, match=r"weight.*: on the meta device, .* module.to_empty\(device=...\)"):
+        load(run, {"model": model, "optimizer": optimizer}, only=only)
+    model.to_empty(device="cpu")
+    load(run, {"model": model})
+    assert list(differences(tree(made(2))["model"], dict(model.state_dict()))) == []
+
+
 # DCP
 
 

@@ -105,7 +105,10 @@ class State:
         return self.targets_for(manifest.tensors)
 
     def targets_for(self, items: Mapping[str, TensorItem]) -> dict[str, torch.Tensor]:
-        """A tensor to load into for each of these: a module's own, and new ones for the rest."""
+        """A tensor to load into for each of these: a module's own, and new ones for the rest.
+
+        :raises StateError: one of a module's has no memory of its own.
+        """
         leaves: dict[str, Any] = {
             f"{name}.{key}": leaf
             for name, module in self.modules().items()
@@ -135,7 +138,14 @@ class State:
             device = leaf.device if isinstance(leaf, torch.Tensor) else None
             return torch.empty(item.shape, dtype=dtype_named(item.dtype), device=device)
 
-        return {name: target(name, item) for name, item in items.items()}
+        targets = {name: target(name, item) for name, item in items.items()}
+        for name, found in targets.items():
+            if found.is_meta:
+                raise StateError(
+                    f"{name}: on the meta device, where nothing can be loaded into; give the module memory first, with "
+                    "module.to_empty(device=...)"
+                )
+        return targets
 
     def apply(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Put a checkpoint's state into the objects, once its tensors are loaded; returns the run's own part."""
