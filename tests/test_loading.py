@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from dtrain.checkpoint import Reader, Writer, load, newest
+from dtrain.checkpoint import Reader, Writer, load, loading, newest
 from dtrain.checkpoint.format import MANIFEST
-from dtrain.checkpoint.reader import read_manifest
+from dtrain.checkpoint.reader import load_tensors, read_manifest
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.local import LocalStorage
 from tests.saving import Kept, Saver, bits, delete, differences, folder_of
@@ -89,6 +90,24 @@ def test_what_the_run_deletes_while_it_is_opened_gives_way_to_its_newest(
         assert load(copy, made(9)).step == 1
     with pytest.raises(ConfigError, match=r"has deleted its checkpoint of step 2; there are: 1$"):
         load(copy, made(9), step=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_run_deletes_while_it_is_loaded_is_not_called_damaged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+
+    def deleted_then_loaded(*asked: Any, **more: Any) -> int:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            delete(copy, 2)
+        return load_tensors(*asked, **more)
+
+    monkeypatch.setattr(loading, "load_tensors", deleted_then_loaded)
+    for error in errors(ranks, lambda rank: load(copy, made(9))):
+        assert isinstance(error, ConfigError)
+        assert str(error).endswith(f"{copy}: the run has deleted step 2 while it was read; ask for a newer one")
 
 
 def test_a_step_or_patterns_of_another_kind_are_named_with_what_is_taken(run: Path) -> None:

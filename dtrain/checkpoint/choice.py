@@ -1,4 +1,4 @@
-"""`Choice`: what patterns choose by whole dotted names, as a shell would. An object's name stands for all that it has."""
+"""`Choice`: what patterns choose by whole dotted names, as a shell would. An object's name stands for all of it."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from dtrain.checkpoint.difference import PARAMETERS, Difference, listed
 from dtrain.checkpoint.format import Manifest, digest
 from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
+from dtrain.checkpoint.newest import still_there
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors, tied, untied
@@ -82,7 +83,8 @@ def load(
     :param allow_retyped: patterns of what may have another type now; it is converted.
     :param storage_options: how a URL is reached, see `Config.storage_options`.
     :raises UsageError: the objects aren't given by names, or an option is of another kind.
-    :raises ConfigError: there is nothing of the kind, or the options aren't for it.
+    :raises ConfigError: there is nothing of the kind, or the options aren't for it, or the run has deleted it while it
+        was read. What the objects hold then is worth nothing.
     :raises StateError: something differs and isn't allowed, or a pattern matches nothing; nothing has changed then.
     :raises NoGoodCheckpoint: the run has no checkpoint that is good.
     :raises Damaged: a byte isn't what was saved. What the objects hold then is worth nothing.
@@ -228,7 +230,8 @@ class _Plan:
         self.targets = state.targets_for({name: item for name, item in manifest.tensors.items() if name in leaves})
 
     def read(self, found: Source, targets: Mapping[str, torch.Tensor]) -> int:
-        return load_tensors(found.storage, found.folder, self._manifest, targets, cast=self._cast)
+        with still_there(found.storage, found.folder):
+            return load_tensors(found.storage, found.folder, self._manifest, targets, cast=self._cast)
 
     def states(self) -> dict[str, Any]:
         """What each object is to be given, once the targets are loaded."""

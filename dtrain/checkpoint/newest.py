@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import MANIFEST, Manifest
 from dtrain.checkpoint.log import Entry, Log
@@ -44,3 +47,23 @@ def newest_good(storage: Storage, log: Log, step: int | None = None) -> tuple[En
         what = f"has deleted its checkpoint of step {step}" if deleted else f"has no good checkpoint of step {step}"
         raise ConfigError(f"{storage.root} {what}; there are: {known}")
     raise NoGoodCheckpoint(f"{storage.root} has no good checkpoint")
+
+
+@contextlib.contextmanager
+def still_there(storage: Storage, folder: str) -> Iterator[None]:
+    """Tells a checkpoint that its run has deleted while it was read from one that is damaged.
+
+    :param folder: the checkpoint's, in the storage.
+    :raises ConfigError: it is deleted.
+    """
+    try:
+        yield
+    except Damaged as error:
+        log = Log(storage)
+        log.refresh()
+        for entry in log.entries:
+            if entry.kind == "retire" and folder == f"{CHECKPOINTS}/{entry.attempt}":
+                raise ConfigError(
+                    f"{storage.root}: the run has deleted step {entry.step} while it was read; ask for a newer one"
+                ) from error
+        raise

@@ -23,14 +23,14 @@ from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.compare import compare, plain_values
 from dtrain.checkpoint.format import MANIFEST, Manifest
 from dtrain.checkpoint.log import Entry, Log
-from dtrain.checkpoint.newest import newest_good
+from dtrain.checkpoint.newest import newest_good, still_there
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.sources import tensor_names
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.cli.best import Best
 from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width
-from dtrain.cli.transfer import Export, Import, RunArg, StorageOptions, Verify, commit_at, open_run, still_there
+from dtrain.cli.transfer import Export, Import, RunArg, StorageOptions, Verify, commit_at, open_run
 from dtrain.errors import Damaged
 from dtrain.observe.events import say
 from dtrain.storage.base import Storage

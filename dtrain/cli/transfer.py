@@ -7,7 +7,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +15,14 @@ from typing import Annotated, Any
 import tyro
 
 from dtrain.checkpoint.adopt import adopt
-from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.interchange import SHARD_BYTES, export_weights
 from dtrain.checkpoint.log import FOLDER, Entry, Log
+from dtrain.checkpoint.newest import still_there
 from dtrain.checkpoint.sources import Source, open_source
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
-from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint
+from dtrain.errors import ConfigError, NoGoodCheckpoint
 from dtrain.observe.events import say
 from dtrain.storage.base import Storage
 from dtrain.storage.places import is_remote, on_disk, storage_at
@@ -98,26 +98,6 @@ def commit_at(folder: str, log: Log, step: int | None) -> Entry:
     if not there:
         raise NoGoodCheckpoint(f"{folder} has no good checkpoint")
     return there[-1]
-
-
-@contextlib.contextmanager
-def still_there(storage: Storage, folder: str) -> Iterator[None]:
-    """Tells a checkpoint that its run has deleted while it was read from one that is damaged.
-
-    :param folder: the checkpoint's, in the storage.
-    :raises ConfigError: it is deleted.
-    """
-    try:
-        yield
-    except Damaged as error:
-        log = Log(storage)
-        log.refresh()
-        for entry in log.entries:
-            if entry.kind == "retire" and folder == f"{CHECKPOINTS}/{entry.attempt}":
-                raise ConfigError(
-                    f"{storage.root}: the run has deleted step {entry.step} while it was read; ask for a newer one"
-                ) from error
-        raise
 
 
 @dataclass(frozen=True, kw_only=True)
