@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 
 from dtrain.checkpoint import Reader, Writer, load, loading, newest
@@ -90,6 +91,26 @@ def test_what_the_run_deletes_while_it_is_opened_gives_way_to_its_newest(
         assert load(copy, made(9)).step == 1
     with pytest.raises(ConfigError, match=r"has deleted its checkpoint of step 2; there are: 1$"):
         load(copy, made(9), step=2)
+
+
+def test_the_best_can_be_asked_of_a_run_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere doesn't exist"):
+        load(tmp_path / "nowhere", made(9), step="best")
+    torch.save(tree(made(2)), tmp_path / "saved.pt")
+    with pytest.raises(ConfigError, match=r"step=best can be asked of a run folder only, and .*saved\.pt is none"):
+        load(tmp_path / "saved.pt", made(9), step="best")
+
+
+def test_weights_beside_a_folder_of_logs_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "loss.json").write_text("{}")
+    save_file(dict(made(2)["model"].state_dict()), tmp_path / "model.safetensors")
+    objects = made(9)
+    assert len(load(tmp_path, {"model": objects["model"]}).tensors) == 4
+    assert list(differences(tree(made(2))["model"], tree(objects)["model"])) == []
+    (tmp_path / "log" / "00000000.json").write_text("{}")
+    with pytest.raises(NoGoodCheckpoint, match="has no good checkpoint"):
+        load(tmp_path, made(9))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -407,7 +428,7 @@ class Filling(torch.optim.SGD):
     """Knows a value for what its state was saved without."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for group in self.param_groups:
             group.setdefault("momentum", 0.5)
             group.setdefault("dampening", 0.0)

@@ -30,13 +30,12 @@ from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
 from dtrain.checkpoint.newest import still_there
 from dtrain.checkpoint.plan import local_part
-from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import load_tensors, tied, untied
-from dtrain.checkpoint.sources import Source, open_source
+from dtrain.checkpoint.sources import Source, Step, open_source
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError
-from dtrain.storage.places import is_remote, storage_at
+from dtrain.storage.places import is_remote
 
 T = TypeVar("T")
 
@@ -157,7 +156,7 @@ def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, 
 
 def find(
     source: str | os.PathLike[str],
-    step: int | Literal["best"] | None = None,
+    step: Step = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Source:
     """A run folder's newest good checkpoint, or that of a step, or the best; or what else the source holds.
@@ -185,12 +184,8 @@ def find(
     )
 
 
-def _find(
-    path: str | os.PathLike[str], step: int | Literal["best"] | None, storage_options: Mapping[str, Any] | None
-) -> Source:
+def _find(path: str | os.PathLike[str], step: Step, storage_options: Mapping[str, Any] | None) -> Source:
     """:raises NoGoodCheckpoint: also in place of `Damaged`, which is for what is found while tensors are read."""
-    if step == "best":
-        step = best_step(storage_at(path, storage_options))
     try:
         found = open_source(path, step=step, storage_options=storage_options)
     except Damaged as error:

@@ -78,7 +78,7 @@ class Log:
         """Read what has been added since, and return it."""
         before = len(self.entries)
         names = self._storage.names(FOLDER, after=f"{self._next - 1:08d}.json" if self._next else "")
-        numbers = [int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
+        numbers = [int(name.removesuffix(".json")) for name in names if is_entry(name)]
         numbers = [number for number in numbers if number >= self._next]
         if numbers and numbers[-1] - self._next < len(numbers) + _MOST_LEFT_OUT:
             # A listing may leave out a name that came while it was made, and give one behind it.
@@ -193,6 +193,11 @@ class Log:
         self._next += 1
         self.entries.append(entry)
         return entry
+
+
+def is_entry(name: str) -> bool:
+    """Whether a file in the log's folder is one of its entries."""
+    return re.fullmatch(r"\d{8,}\.json", name) is not None
 
 
 def _encode(entry: Entry) -> bytes:

@@ -25,8 +25,9 @@ import torch
 from dtrain.checkpoint.catalog import CHECKPOINTS, epoch_of
 from dtrain.checkpoint.foreign import Made, read_stock
 from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, TensorItem, hash_item
-from dtrain.checkpoint.log import FOLDER, Log
+from dtrain.checkpoint.log import FOLDER, Log, is_entry
 from dtrain.checkpoint.newest import newest_good
+from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.records import load_plain
 from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX, read_safetensors
@@ -38,6 +39,7 @@ from dtrain.storage.local import LocalStorage
 from dtrain.storage.places import is_remote, storage_at
 
 Kind = Literal["checkpoint", "dcp", "safetensors", "torch"]
+Step = int | Literal["best"] | None
 Options = Mapping[str, Any] | None
 WEB = ("http://", "https://")
 
@@ -153,14 +155,14 @@ class Source:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, step: int | None = None, name: str = "model", storage_options: Options = None
+    path: str | os.PathLike[str], *, step: Step = None, name: str = "model", storage_options: Options = None
 ) -> Source:
     """Open what may hold weights, by looking at it.
 
-    :param step: which checkpoint of a run folder; without it the newest good one.
+    :param step: which checkpoint of a run folder, by its step, or the best one; without it the newest good one.
     :param name: what weights are called that have no name of their own, as those of safetensors.
     :param storage_options: how a URL is reached, see `Config.storage_options`.
-    :raises ConfigError: there is nothing of the kind, or no such step.
+    :raises ConfigError: there is nothing of the kind, or no such step, or nothing that tells which is the best.
     :raises NoGoodCheckpoint: the run has committed nothing, or the checkpoint that was asked for is bad.
     :raises Damaged: it isn't what was saved.
     :raises StateError: it holds what can't be read without running code.
@@ -170,7 +172,7 @@ def open_source(
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} doesn't exist")
-    if path.is_dir() and (path / FOLDER).is_dir():
+    if (path / FOLDER).is_dir() and _is_run(LocalStorage(str(path))):
         return _of_run(LocalStorage(str(path)), step)
     _refuse(step, path)
     if path.name == METADATA or path.name == MANIFEST:
@@ -188,12 +190,18 @@ def open_source(
     return _of_torch_save(path, name)
 
 
-def _refuse(step: int | None, place: object) -> None:
+def _is_run(storage: Storage) -> bool:
+    """Whether it is a run folder, and no other one that somebody keeps logs in."""
+    names = storage.names(".")
+    return FOLDER in names and (CHECKPOINTS in names or any(map(is_entry, storage.names(FOLDER))))
+
+
+def _refuse(step: Step, place: object) -> None:
     if step is not None:
         raise ConfigError(f"step={step} can be asked of a run folder only, and {place} is none")
 
 
-def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
+def _of_url(url: str, step: Step, name: str, options: Options) -> Source:
     if url.startswith(WEB):
         raise ConfigError(f"{url}: of the web dtrain reads nothing; copy the files to a disk and name them there")
     run, _, attempt = url.rpartition(f"/{CHECKPOINTS}/")
@@ -204,7 +212,7 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
         folder, _, file = url.rpartition("/")
         return _of_safetensors(storage_at(folder, options), file, name)
     storage = storage_at(url, options)
-    if FOLDER in storage.names("."):
+    if _is_run(storage):
         return _of_run(storage, step)
     _refuse(step, url)
     files = storage.files(".")
@@ -218,8 +226,9 @@ def _of_url(url: str, step: int | None, name: str, options: Options) -> Source:
     )
 
 
-def _of_run(storage: Storage, step: int | None) -> Source:
-    commit, manifest, passed_over = newest_good(storage, Log(storage), step)
+def _of_run(storage: Storage, step: Step) -> Source:
+    number = best_step(storage) if step == "best" else step
+    commit, manifest, passed_over = newest_good(storage, Log(storage), number)
     return _committed(storage, commit.attempt, manifest, passed_over)
 
 
