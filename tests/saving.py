@@ -6,6 +6,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def delete(root: Path, step: int) -> None:
         log.claim(0.0, "x")
         log.append(Entry(kind="retire", epoch=log.epoch, time=0.0, step=step, attempt=folder.name))
         shutil.rmtree(folder)
+
+
+def condemn_all(root: Path) -> None:
+    """As a start does it that can't read any checkpoint."""
+    log = log_of(root)
+    log.claim(0.0, "x")
+    for commit in log.commits():
+        log.append(replace(commit, kind="bad", epoch=log.epoch, reason="away"))
 
 
 def commits(root: Path) -> list[int]:

@@ -32,7 +32,7 @@ from dtrain.cli import checkpoint, transfer
 from dtrain.storage.local import LocalStorage
 from tests import checkpoint_command
 from tests.checkpoint_command import Dtrain
-from tests.saving import folder_of, log_of
+from tests.saving import condemn_all, folder_of, log_of
 
 dtrain, run = checkpoint_command.dtrain, checkpoint_command.run
 
@@ -50,6 +50,16 @@ def test_verify_of_a_good_run_ends_with_0(run: Path, dtrain: Dtrain) -> None:
     assert [(row["step"], row["faults"], row["deleted"]) for row in found["checkpoints"]] == [(20, [], False)]
     assert found["checkpoints"][0]["bytes"] == sum(p.stat().st_size for p in folder_of(run, 20).iterdir())
     assert found["log"] == []
+
+
+def test_where_all_were_found_bad_the_newest_is_looked_at_all_the_same(run: Path, dtrain: Dtrain) -> None:
+    condemn_all(run)
+    for command in ("verify", "show"):
+        code, out, _ = dtrain(command, run)
+        assert (code, out.startswith("step 30")) == (0, True), out
+    (run / FOLDER / "00000000.json").unlink()
+    code, out, _ = dtrain("verify", run)
+    assert (code, out.startswith("step 30: good")) == (1, True), out
 
 
 def test_verify_finds_every_flipped_bit_and_names_its_file(run: Path) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from dtrain.checkpoint import load
 from dtrain.checkpoint.format import MANIFEST, METADATA, VERSION, Manifest, digest
 from dtrain.checkpoint.log import Entry
 from dtrain.checkpoint.sources import open_source
@@ -174,6 +176,28 @@ def test_files_that_were_away_count_again_when_they_are_back(tmp_path: Path) -> 
     assert alone(lambda: restored(tmp_path / "run")) == 20
     kinds = [entry.kind for entry in log_of(tmp_path / "run").entries if entry.kind != "claim"]
     assert kinds == ["commit", "commit", "bad", "bad", "good"]
+
+
+def test_files_that_are_back_are_read_by_everybody_as_by_the_run(tmp_path: Path) -> None:
+    make(tmp_path, [10, 20])
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (error,) = errors(1, lambda rank: restored(tmp_path))
+    assert isinstance(error, NoGoodCheckpoint)
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+
+    def loaded(**asked: Any) -> tuple[int, bool]:
+        model = nn.Linear(5, 3)
+        step = load(tmp_path, {"model": model}, **asked).step
+        return step, bits(model.weight) == bits(objects(step)["model"].weight)
+
+    assert in_world(2, lambda rank: loaded()) == [(20, True)] * 2
+    assert in_world(2, lambda rank: loaded(step=10)) == [(10, True)] * 2
+    assert open_source(folder_of(tmp_path, 10)).manifest.step == 10
+    make(tmp_path, [10])  # then there is a good one
+    first = next(entry for entry in log_of(tmp_path).entries if entry.kind == "commit")
+    with pytest.raises(NoGoodCheckpoint, match=f"{first.attempt} failed its check: "):
+        open_source(tmp_path / "checkpoints" / first.attempt)
 
 
 def test_what_was_found_bad_twice_with_a_restore_in_between_is_passed_over(tmp_path: Path) -> None:

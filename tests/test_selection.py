@@ -21,6 +21,7 @@ from dtrain.observe.events import EVENTS, read_lines
 from dtrain.training.selection import Selection
 from tests.choices import KILLS, Chosen, command, killed, undisturbed
 from tests.jobs import ROOT, Job
+from tests.saving import condemn_all
 from tests.training import train
 from tests.world import alone
 
@@ -123,6 +124,8 @@ def test_the_command_shows_the_ranking(tmp_path: Path) -> None:
     wrong = command("checkpoint", "best", str(moved), "--metric", "val/f1", "--mode", "max")
     assert wrong.returncode == 2
     assert "no checkpoint has 'val/f1'; they have: val/loss" in wrong.stderr
+    condemn_all(moved)  # where there is no other, they are taken all the same
+    assert load(moved, {"model": nn.Linear(2, 1)}, step="best").step == 2
 
 
 def test_ties_keep_the_older_and_what_is_no_number_is_never_the_best() -> None:

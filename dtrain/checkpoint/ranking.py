@@ -15,7 +15,7 @@ from dtrain.storage.base import Storage
 
 def criterion_of(storage: Storage, log: Log) -> Best | None:
     """What a run goes by (`Config.keep_best`), as its newest checkpoint remembers it."""
-    for entry in reversed(log.commits()):
+    for entry in reversed([*log.found_bad(), *log.commits()]):
         try:
             _, manifest = read_manifest(storage, f"{CHECKPOINTS}/{entry.attempt}", MANIFEST, entry.manifest)
         except Damaged:
@@ -35,7 +35,7 @@ def best_step(storage: Storage) -> int:
     criterion = criterion_of(storage, log)
     if criterion is None:
         raise ConfigError(f"{storage.root}: the run doesn't go by a metric (Config.keep_best); give a step")
-    found = best_of(log.commits(), criterion)
+    found = best_of(log.commits() or log.found_bad(), criterion)
     if not found:
         raise ConfigError(f"{storage.root}: no checkpoint has {criterion.metric}; give a step")
     return found[0].step

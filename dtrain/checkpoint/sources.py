@@ -262,12 +262,15 @@ def _of_copy(storage: Storage, place: str) -> Source:
 
 
 def _of_attempt(storage: Storage, attempt: str) -> Source:
-    """:raises NoGoodCheckpoint: the run's log doesn't know it as a good one."""
+    """:raises NoGoodCheckpoint: the run's log doesn't know it as a good one, nor as the only one of its step."""
     run = storage.root
     log = Log(storage)
     log.refresh()
-    for entry in log.entries:
-        if entry.kind == "bad" and entry.attempt == attempt:
+    for entry in log.bad():
+        if entry.attempt == attempt:
+            commit, manifest, passed_over = newest_good(storage, log, entry.step)
+            if commit.attempt == attempt:
+                return _committed(storage, attempt, manifest, passed_over)
             raise NoGoodCheckpoint(f"{run}/{CHECKPOINTS}/{attempt} failed its check: {entry.reason}")
     for entry in log.commits():
         if entry.attempt == attempt:

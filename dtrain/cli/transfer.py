@@ -80,15 +80,14 @@ def open_run(folder: str, storage_option: Sequence[str] = ()) -> tuple[Storage, 
 
 
 def commit_at(folder: str, log: Log, step: int | None) -> Entry:
-    """The newest commit of a step, whether good or bad; without a step, the newest good one.
+    """The newest commit of a step, whether good or bad; without a step, the newest good one, if there is any.
 
     :raises ConfigError: there is none of this step.
     :raises NoGoodCheckpoint: there is none at all.
     """
-    there = [*log.commits()]
+    there = log.commits() or log.found_bad()
     if step is not None:
-        bad = {entry.attempt for entry in log.bad()}
-        there = [e for e in log.entries if e.kind == "commit" and (e.attempt in bad or e in there)]
+        there = sorted([*log.commits(), *log.found_bad()], key=lambda entry: entry.number)
         known = ", ".join(str(known) for known in sorted({entry.step for entry in there})) or "none"
         deleted = any(e.kind == "retire" and e.step == step for e in log.entries)
         there = [entry for entry in there if entry.step == step]
@@ -130,7 +129,7 @@ class Verify:
         if self.all:
             whole = {entry.attempt for entry in (*log.commits(), *log.bad())}
             wanted = [entry for entry in log.entries if entry.kind == "commit" and entry.attempt in whole]
-        elif self.step is not None or log.commits() or not faults:
+        elif self.step is not None or log.commits() or log.found_bad() or not faults:
             wanted = [commit_at(self.folder, log, self.step)]
         found: list[dict[str, Any]] = []
         with bar("verify", sum(size_of(storage, entry) for entry in wanted)) as progress:
