@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
 
+import dtrain
 from dtrain.errors import UsageError
-from tests.layers import samples
+from tests.layers import Net, samples
 from tests.training import opened
 from tests.world import errors, in_world
 
@@ -181,3 +184,95 @@ def test_a_spare_pass_through_a_model_that_returns_an_object_is_refused(tmp_path
     found = [error for error in errors(3, work) if isinstance(error, UsageError)]  # the others lose their peers
     assert found
     assert all("the model returns a " in str(error) and "Output, in which no tensor" in str(error) for error in found)
+
+
+Body = Callable[[dtrain.Run, nn.Module, dtrain.EMA, torch.Tensor], None]
+
+
+def losses(
+    root: Path,
+    kind: str,
+    after_backward: Body = lambda *_: None,
+    after_update: Body = lambda *_: None,
+    made: Callable[[], nn.Module] = Net,
+    **options: Any,
+) -> list[float]:
+    """Of four steps. All ranks must reach it."""
+    with opened(root, parallel=kind, snapshot_every=1000, **options) as run:
+        model = run.parallelize(made())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = run.data(samples())
+        average = dtrain.EMA(model, optimizer, decay=0.5)
+        run.track(model=model, optimizer=optimizer, average=average)
+        found = []
+        for step in run.steps(4):
+            for x, y in step.micro_batches(data):
+                out = model(x)
+                out = out[0] if isinstance(out, tuple) else out
+                step.backward(nn.functional.cross_entropy(out.float(), y, reduction="sum"), count=len(y))
+                after_backward(run, model, average, x)
+            step.update(optimizer)
+            after_update(run, model, average, x)
+            found.append(step.loss)
+        return found
+
+
+def alone(root: Path, *, rel: float = 1e-5, **options: Any) -> Any:
+    """Those of one process."""
+    return pytest.approx(in_world(1, lambda rank: losses(root / "alone", "none", **options))[0], rel=rel)
+
+
+def averaged(run: dtrain.Run, model: nn.Module, average: dtrain.EMA, x: torch.Tensor) -> None:
+    with average.applied():
+        model(x)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "bodies", [{"after_backward": lambda run, model, average, x: model(x)}, {"after_update": averaged}]
+)
+def test_a_pass_without_a_backward_pass_leaves_no_old_weights_behind(
+    tmp_path: Path, bodies: dict[str, Any], ranks: int
+) -> None:
+    """An accuracy that is taken without no_grad: FSDP2 keeps what it gathers for a backward pass that may come."""
+    right = alone(tmp_path)
+    for found in in_world(ranks, lambda rank: losses(tmp_path / "sharded", "fsdp", **bodies)):
+        assert found == right
+
+
+@pytest.mark.parametrize("count", [12, 13])
+def test_validation_without_no_grad_changes_nothing(tmp_path: Path, count: int) -> None:
+    """Also where a rank makes a spare pass: 7 batches on 2 ranks."""
+
+    def validate(run: dtrain.Run, model: nn.Module, average: dtrain.EMA, x: torch.Tensor) -> None:
+        for inputs, _ in run.once(Subset(samples(), range(count))):
+            model(inputs)
+
+    right = alone(tmp_path)
+    for found in in_world(2, lambda rank: losses(tmp_path / "sharded", "fsdp", after_update=validate)):
+        assert found == right
+
+
+def test_a_second_pass_behind_the_backward_pass_is_refused_where_ranks_could_not_keep_step(tmp_path: Path) -> None:
+    def again(run: dtrain.Run, model: nn.Module, average: dtrain.EMA, x: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    def work(rank: int) -> None:
+        losses(tmp_path, "fsdp", again, global_batch=10, micro_batch=2)
+
+    found = [error for error in errors(3, work) if isinstance(error, UsageError)]  # the others lose their peers
+    assert found
+    assert all("the model was called twice for one micro-batch" in str(error) for error in found)
+
+
+def test_a_pass_behind_the_last_backward_pass_is_one_of_all_ranks(tmp_path: Path) -> None:
+    def measure(run: dtrain.Run, model: nn.Module, average: dtrain.EMA, x: torch.Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+        run.evaluate(model, Subset(samples(), range(13)), dtrain.Mean(nn.functional.cross_entropy))
+
+    options: dict[str, Any] = {"global_batch": 10, "micro_batch": 2}
+    right = alone(tmp_path, **options)
+    for found in in_world(3, lambda rank: losses(tmp_path / "sharded", "fsdp", after_update=measure, **options)):
+        assert found == right

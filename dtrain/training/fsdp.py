@@ -38,6 +38,8 @@ class Sharded(Wrapped):
         self.group = group
         self.shards = shards
         self._spare = 0
+        self._open = False
+        """Whether a backward pass is to follow: from a micro-batch's begin to its end."""
         self._uneven = False
         self._forwards = 0
         self.is_spare = False
@@ -75,6 +77,7 @@ class Sharded(Wrapped):
 
     def begin(self, turn: Turn) -> None:
         self._turn = turn
+        self._open = True
         self._reached.clear()
         if turn.first:
             self.order = 0
@@ -105,7 +108,9 @@ class Sharded(Wrapped):
             raise RuntimeError("FSDP was not reached by the backward pass")
 
     def end(self) -> None:
-        self._uneven = False
+        self._open = False
+        if self._turn.last:
+            self._uneven = False
         if not all(reduce.called for reduce in self._reductions):
             raise UsageError(f"micro-batch {self._turn.index}: {UNUSED}")
         if self.exact and not self._turn.last:
@@ -131,7 +136,7 @@ class Sharded(Wrapped):
     def _after_forward(self, *_: object) -> None:
         # FSDP2 keeps the root's own parameters gathered for a backward pass. Where none follows, the next forward pass
         # would take them as they were, whatever has become of this rank's part since.
-        if not torch.is_grad_enabled():
+        if not self._open or not torch.is_grad_enabled():
             self._root.reshard()
 
     def _enter(self, number: int, *_: object) -> None:
@@ -158,7 +163,9 @@ class Sharded(Wrapped):
             out = self.module(*args, **kwargs)
             leaves = pytree.tree_leaves(out)
             reached = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-            if reached:
+            if not self._open:
+                pass  # measured outside of a step's micro-batches: the other ranks make no backward pass either
+            elif reached:
                 torch.autograd.backward(reached, [torch.zeros_like(leaf) for leaf in reached])
             elif torch.is_grad_enabled():
                 raise UsageError(
