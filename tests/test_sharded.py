@@ -276,3 +276,24 @@ def test_a_pass_behind_the_last_backward_pass_is_one_of_all_ranks(tmp_path: Path
     right = alone(tmp_path, **options)
     for found in in_world(3, lambda rank: losses(tmp_path / "sharded", "fsdp", after_update=measure, **options)):
         assert found == right
+
+
+class Noted(nn.Module):
+    """Returns, for the log, what has no gradient where it is: the root of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.net(x)
+        return out, (out - out.detach()).square().sum().sqrt()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_output_without_a_gradient_that_no_loss_uses_spoils_none(tmp_path: Path, precision: str) -> None:
+    """A rank that makes a spare pass can't tell which outputs the loss uses."""
+    options: dict[str, Any] = {"global_batch": 10, "micro_batch": 2, "precision": precision, "made": Noted}
+    right = alone(tmp_path, rel=1e-5 if precision == "fp32" else 3e-2, **options)
+    for found in in_world(2, lambda rank: losses(tmp_path / "sharded", "fsdp", **options)):
+        assert found == right

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from dtrain.errors import UsageError
 from dtrain.training.random import generators_kept
@@ -43,6 +44,7 @@ class Sharded(Wrapped):
         self._uneven = False
         self._forwards = 0
         self.is_spare = False
+        self._dropping: list[RemovableHandle] = []
         self._reductions: list[_Reduce] = []
         self._root = next(part for part in model.modules() if isinstance(part, FSDPModule))
         self._units: dict[str, nn.Module] = {}
@@ -139,8 +141,11 @@ class Sharded(Wrapped):
         if not self._open or not torch.is_grad_enabled():
             self._root.reshard()
 
-    def _enter(self, number: int, *_: object) -> None:
+    def _enter(self, number: int, part: nn.Module, *_: object) -> None:
         self.order = (self.order * 1_000_003 + number) % ORDERS
+        if self.is_spare and self._open and not self.exact:
+            for parameter in _own_parameters(part):  # as they were gathered: what FSDP2 takes gradients from
+                self._dropping.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
 
     def _watch(self, name: str, module: nn.Module, args: object, out: Any) -> None:
         if self._turn.last and not self.is_spare and torch.is_grad_enabled():
@@ -180,6 +185,8 @@ class Sharded(Wrapped):
             with torch.autograd._unsafe_preserve_version_counter(buffer):
                 buffer.copy_(before)
         self.is_spare = False
+        while self._dropping:
+            self._dropping.pop().remove()
         if self.exact:
             self._drop()
         self._root.set_requires_gradient_sync(self._turn.last or self.exact)
@@ -245,6 +252,11 @@ class _Reduce:
             gradients.record_stream(torch.cuda.current_stream())
         self._sums.add(turn.index, turn.index + 1, [gradients])
         return turn.last
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    """Of a spare pass: zeros, but NaN where an output has no gradient at all and the loss doesn't use it."""
+    parameter.grad = None
 
 
 def _own_parameters(part: nn.Module) -> list[nn.Parameter]:
