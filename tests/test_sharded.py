@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch.utils.data import Subset
 
 import dtrain
 from dtrain.errors import UsageError
-from tests.layers import Net, samples
+from tests.layers import CLASSES, WIDTH, Net, samples
 from tests.training import opened
 from tests.world import errors, in_world
 
@@ -297,3 +298,47 @@ def test_an_output_without_a_gradient_that_no_loss_uses_spoils_none(tmp_path: Pa
     right = alone(tmp_path, rel=1e-5 if precision == "fp32" else 3e-2, **options)
     for found in in_world(2, lambda rank: losses(tmp_path / "sharded", "fsdp", **options)):
         assert found == right
+
+
+@pytest.mark.parametrize("reduction", ["fast", "exact"])
+@pytest.mark.parametrize("part", ["first", "blocks"])
+@pytest.mark.parametrize("at_first", [True, False])
+def test_what_is_frozen_or_unfrozen_after_parallelize_is_refused(
+    tmp_path: Path, reduction: str, part: str, at_first: bool
+) -> None:
+    def work(rank: int) -> None:
+        def toggled(run: dtrain.Run, model: nn.Module, average: dtrain.EMA, x: torch.Tensor) -> None:
+            model.get_submodule(part).requires_grad_(not at_first)
+
+        def made() -> nn.Module:
+            net = Net()
+            net.get_submodule(part).requires_grad_(at_first)
+            return net
+
+        losses(tmp_path, "fsdp", after_update=toggled, made=made, reduction=reduction)
+
+    for error in errors(2, work):
+        assert isinstance(error, UsageError)
+        assert "other parameters of the model require a gradient" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_head_that_is_added_after_parallelize_is_refused(tmp_path: Path, kind: str) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel=kind) as run:
+            bare = Net()
+            model = run.parallelize(bare)
+            bare.last = nn.Linear(WIDTH, CLASSES)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(1):
+                for x, y in step.micro_batches(data):
+                    # The old one has left the model, and DDP and FSDP wait for its gradient as well.
+                    loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+                    step.backward(loss, count=len(y))
+                step.update(optimizer)
+
+    for error in errors(2, work):
+        assert isinstance(error, UsageError)
+        assert re.search("added or unfrozen since|without a gradient", str(error))

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.errors import UsageError
 from dtrain.training.exchange import Exchange, finished
 from dtrain.training.reduce import Pending, Sums
 from dtrain.training.wrapped import Turn, Wrapped
@@ -37,7 +36,6 @@ class Replicated(Wrapped):
         self._exchange = exchange
         self._sent: list[tuple[torch.Tensor, Pending]] = []
         self._arrived = 0  # parameters whose gradients have come to the hook
-        self._trains = len([p for p in model.parameters() if p.requires_grad])
         self.module.register_comm_hook(self, _tree if exact else _sum)
         _settle(self.module)
         self._silent = False
@@ -46,11 +44,8 @@ class Replicated(Wrapped):
         super().begin(turn)
         self.module.require_backward_grad_sync = turn.last
         self._arrived = 0
-        if turn.first and len(self._trained()) != self._trains:
-            raise UsageError(
-                f"{len(self._trained())} of the model's parameters require a gradient, and {self._trains} did when it "
-                "came to parallelize: freeze or unfreeze them before"
-            )
+        if turn.first:
+            self._check_trained()
 
     def end(self) -> None:
         if not self.exact:
@@ -72,7 +67,7 @@ class Replicated(Wrapped):
     def check(self) -> None:
         # DDP would notice in the next forward pass, when this step's gradients, of which some were never exchanged,
         # have long been used.
-        if self._turn.last and self._arrived != self._trains:
+        if self._turn.last and self._arrived != len(self.trained):
             raise RuntimeError("DDP was not reached by the backward pass")
         self.module._check_reducer_finalized()
 

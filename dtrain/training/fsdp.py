@@ -82,6 +82,7 @@ class Sharded(Wrapped):
         self._open = True
         self._reached.clear()
         if turn.first:
+            self._check_trained()
             self.order = 0
             self._drop()
         self._expect(turn.spare if turn.first else self._spare, uneven=turn.uneven)

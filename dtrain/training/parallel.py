@@ -132,14 +132,15 @@ class Parallel:
         """:raises UsageError: it trains what the ranks would train each for itself."""
         if self.world_size == 1 or id(optimizer) in self._checked:
             return
-        known = {id(parameter) for model in self.models for parameter in model.module.parameters()}
+        known = {id(parameter) for model in self.models for parameter in model.trained}
         for number, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 if parameter.requires_grad and id(parameter) not in known:
                     raise UsageError(
                         f"the optimizer's group {number} has a parameter of shape {tuple(parameter.shape)} of no model "
-                        "that was given to run.parallelize: its gradients would stay on each rank; parallelize its "
-                        "module too, or freeze it"
+                        "that was given to run.parallelize, or one that was added or unfrozen since: its gradients "
+                        "would stay on each rank; parallelize its module too, when all that is trained is there, or "
+                        "freeze it"
                     )
         self._checked.add(id(optimizer))
 

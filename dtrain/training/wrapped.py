@@ -42,6 +42,7 @@ class Wrapped:
 
     :param exact: whether gradients are added in the order of `reduce`.
     :ivar module: what the user calls.
+    :ivar trained: the parameters that required a gradient when it was made.
     :ivar order: tells the order in which the forward passes of a step came to what all ranks must come to together from
         any other; 0 if there is nothing of that kind.
     """
@@ -51,6 +52,7 @@ class Wrapped:
         self.exact = exact
         self.order = 0
         self._parameters = list(module.parameters())
+        self.trained = self._trained()
         self._turn = Turn(0, 1, first=True, last=True)
         self._sums = Sums(1)
 
@@ -83,6 +85,15 @@ class Wrapped:
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def _check_trained(self) -> None:
+        """:raises UsageError: other parameters require a gradient than when it was made."""
+        now = self._trained()
+        if list(map(id, now)) != list(map(id, self.trained)):
+            raise UsageError(
+                f"other parameters of the model require a gradient than when it came to parallelize ({len(now)} now, "
+                f"{len(self.trained)} then): freeze or unfreeze them before"
+            )
 
     def _keep(self, parameters: list[nn.Parameter]) -> None:
         """Take a micro-batch's gradients away from the parameters, for the next one's not to be added to them."""
