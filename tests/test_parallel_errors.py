@@ -255,3 +255,47 @@ def test_blocks_that_share_a_parameter_can_not_be_sharded_apart(tmp_path: Path, 
     for error in errors(2, work):
         assert isinstance(error, UsageError)
         assert message in str(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint32])
+def test_a_meta_buffer_of_a_type_without_a_sign_that_nobody_fills_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As a causal mask of zeros it would mask nothing."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.register_buffer("mask", torch.ones(3, 3).tril().to(dtype))
+
+    def work(rank: int) -> None:
+        with torch.device("meta"):
+            model = Masked()
+        with opened(tmp_path) as run:
+            run.parallelize(model)
+
+    (error,) = errors(1, work)
+    assert isinstance(error, UsageError)
+    assert str(error).startswith("mask was made on the meta device, and no reset_parameters has filled it")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_buffer_that_its_reset_replaces_is_taken(tmp_path: Path, kind: str) -> None:
+    class Rotary(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.angles: torch.Tensor
+            self.mask: torch.Tensor
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            self.register_buffer("angles", torch.arange(4.0) / 4, persistent=False)
+            self.mask = nn.Buffer(torch.ones(2, 2, dtype=torch.bool).tril())
+
+    def work(rank: int) -> tuple[list[float], list[list[bool]]]:
+        with torch.device("meta"):
+            model = Rotary()
+        with opened(tmp_path / kind, parallel=kind) as run:
+            run.parallelize(model)
+        return model.angles.tolist(), model.mask.tolist()
+
+    assert in_world(2, work) == [([0.0, 0.25, 0.5, 0.75], [[True, False], [True, True]])] * 2

@@ -86,6 +86,8 @@ class Filler:
         self._seed = seed
         self._device = device
         self._made: dict[torch.Tensor, torch.Tensor] = {}
+        self._versions: dict[torch.Tensor, int] = {}
+        """Of what was made."""
         self._empty: set[nn.Module] = set()
 
     def fill(self, root: nn.Module, without: Iterable[nn.Module] = ()) -> None:
@@ -95,21 +97,23 @@ class Filler:
         :raises UsageError: some parameters belong to a module that doesn't know how to fill them.
         """
         modules = modules_around(root, set(without))
-        made = [value for module in modules for value in self._allocate(module)]
+        made = [(module, place, key) for module in modules for place, key in self._allocate(module)]
         able = [module for module in modules if callable(getattr(module, "reset_parameters", None))]
         for module in reversed(able):  # what is inside comes first: an outer one may change it
             if self._empty & set(module.modules()):
                 set_generators(self._seed, "fill", self._names[module])
                 module.reset_parameters()  # type: ignore[operator]
-        for name, kind, value in made:
-            if _is_unfilled(value):
+        for module, place, key in made:
+            value = place.get(key)  # a reset may have put another tensor there
+            if value is not None and self._is_unfilled(value):
+                name = f"{self._names[module]}.{key}".lstrip(".")
                 raise UsageError(
                     f"{name} was made on the meta device, and no reset_parameters has filled it: define it in its "
-                    f"{kind}, or make the model on a real device"
+                    f"{type(module).__qualname__}, or make the model on a real device"
                 )
 
-    def _allocate(self, module: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
-        """Give a module's own tensors memory. :returns: of each that had none its name, its module's class, and it."""
+    def _allocate(self, module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+        """Give a module's own tensors memory. :returns: where those are that had none."""
         made = []
         places: list[dict[str, Any]] = [module._parameters, module._buffers]
         for place in places:
@@ -121,24 +125,32 @@ class Filler:
                     memory = torch.full_like(value, _mark(value.dtype), device=self._device)
                     is_parameter = isinstance(value, nn.Parameter)
                     self._made[value] = nn.Parameter(memory, value.requires_grad) if is_parameter else memory
-                    name = f"{self._names[module]}.{key}".lstrip(".")
-                    made.append((name, type(module).__qualname__, self._made[value]))
+                    self._versions[self._made[value]] = self._made[value]._version
                 place[key] = self._made[value]
+                made.append((place, key))
         return made
+
+    def _is_unfilled(self, value: torch.Tensor) -> bool:
+        if value.is_meta:
+            return True
+        if value not in self._versions:  # a reset made it
+            return False
+        if not value.dtype.is_signed:
+            # Nor by it alone: what goes through `.data` isn't counted.
+            bits = value.reshape(-1).view(torch.uint8)
+            return self._versions[value] == value._version and not bool(bits.any())
+        mark = _mark(value.dtype)
+        return bool((torch.isnan(value) if math.isnan(mark) else value == mark).any())
 
 
 def _mark(dtype: torch.dtype) -> float:
-    """What new memory is filled with, to see whether anybody writes to it; types without a sign have none to spare."""
+    """What new memory is filled with, to see whether anybody writes to it.
+
+    Types without a sign have no value to spare: of these it is seen by the version whether anybody has written.
+    """
     if not dtype.is_signed:
         return 0
     return torch.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min + 1
-
-
-def _is_unfilled(value: torch.Tensor) -> bool:
-    if not value.dtype.is_signed:
-        return False
-    mark = _mark(value.dtype)
-    return bool((torch.isnan(value) if math.isnan(mark) else value == mark).any())
 
 
 def modules_around(root: nn.Module, without: set[nn.Module]) -> list[nn.Module]:
