@@ -8,6 +8,7 @@ import signal
 import time
 import tracemalloc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import nn
 
 import dtrain
 from dtrain.checkpoint.state import bare
-from dtrain.errors import DataError
+from dtrain.errors import DataError, UsageError
 from dtrain.training.order import Order
 from tests.layers import Net, curve, digest_of, samples
 from tests.training import opened
-from tests.world import errors, in_world, outcomes
+from tests.world import alone, errors, in_world, outcomes
 
 
 class Augmented:
@@ -185,11 +186,13 @@ class Noisy(Stream):
         return (number + 1000 * int(torch.randint(1000, ())) for number in super().__iter__())
 
 
-def streamed(root: Path, steps: int, rank: int, kind: type[Stream] = Stream, **options: Any) -> list[int]:
+def streamed(
+    root: Path, steps: int, rank: int, kind: type[Stream] = Stream, name: str = "data", **options: Any
+) -> list[int]:
     found: list[int] = []
     with opened(root, **options) as run:
         model = run.parallelize(nn.Linear(1, 1))
-        data = run.data(kind(rank, run.world_size))
+        data = run.data(kind(rank, run.world_size), name=name)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         run.track(model=model, optimizer=optimizer)
         for step in run.steps(steps):
@@ -209,6 +212,33 @@ def test_an_iterable_data_set_goes_on_where_it_was_with_as_many_ranks(tmp_path: 
     for error in errors(3, lambda rank: streamed(tmp_path / "cut", 7, rank)):
         assert isinstance(error, DataError)
         assert "goes on only with as many ranks as before; saved with 2 ranks, now 3" in str(error)
+
+
+def test_an_iterable_data_set_that_has_another_name_now_is_refused(tmp_path: Path) -> None:
+    """It would begin anew, and give its samples again."""
+    in_world(1, lambda rank: streamed(tmp_path, 4, rank))
+    (error,) = errors(1, lambda rank: streamed(tmp_path, 6, rank, name="train"))
+    assert isinstance(error, DataError)
+    assert "the checkpoint knows where 'data' was, and this run has 'train' in its stead" in str(error)
+
+
+def test_an_iterable_data_set_can_be_added_or_left_out(tmp_path: Path) -> None:
+    def work(names: list[str], steps: int) -> list[int]:
+        found: list[int] = []
+        with opened(tmp_path, global_batch=2, micro_batch=2) as run:
+            model = run.parallelize(nn.Linear(1, 1))
+            sources = [run.data(Stream(0, 1), name=name) for name in names]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(steps):
+                for batch in step.micro_batches(sources[-1]):
+                    found += batch.tolist()
+                    step.backward(model(batch.float().unsqueeze(1)).sum(), count=1)
+                step.update(optimizer)
+        return found
+
+    for names, steps, right in ((["a"], 2, [0, 1, 2, 3]), (["a", "b"], 3, [0, 1]), (["b"], 4, [2, 3])):
+        assert alone(partial(work, names, steps)) == right
 
 
 def test_what_an_iterable_data_set_draws_follows_from_the_micro_batch(tmp_path: Path) -> None:

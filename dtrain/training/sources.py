@@ -125,7 +125,15 @@ class Sources:
         return {name: data.position() for name, data in self._sorted()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """:raises DataError: one of them can't go on from there."""
+        """:raises DataError: one of them can't go on from there, or begins anew in another's stead."""
+        gone = [name for name, position in saved.items() if name not in self._known and isinstance(position, list)]
+        new = [name for name, data in self._sorted() if name not in saved and isinstance(data, Stream)]
+        if gone and new:  # a map-style one has its place by the step's number, whatever it is called
+            raise DataError(
+                f"the checkpoint knows where {gone[0]!r} was, and this run has {new[0]!r} in its stead, an iterable "
+                "data set that would begin anew: give it the name that it had; or, if it is another one, call run.data "
+                "for both, or start in another run folder"
+            )
         for name, position in saved.items():
             if name in self._known:
                 self._known[name].restore(position)
