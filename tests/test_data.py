@@ -241,6 +241,16 @@ def test_an_iterable_data_set_can_be_added_or_left_out(tmp_path: Path) -> None:
         assert alone(partial(work, names, steps)) == right
 
 
+def test_an_iterable_data_set_is_not_for_ranks_that_compute_a_micro_batch_together(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="fsdp", tensor_parallel=2) as run:
+            run.data(Stream(rank, 2))
+
+    for error in errors(2, work):
+        assert isinstance(error, UsageError)
+        assert "tensor_parallel=2: ranks that compute a micro-batch together need the same samples" in str(error)
+
+
 def test_what_an_iterable_data_set_draws_follows_from_the_micro_batch(tmp_path: Path) -> None:
     whole = in_world(1, lambda rank: streamed(tmp_path / "whole", 6, rank, Noisy))[0]
     first = in_world(1, lambda rank: streamed(tmp_path / "cut", 4, rank, Noisy))[0]

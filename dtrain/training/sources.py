@@ -36,6 +36,11 @@ class Sources:
             raise UsageError(f"data(workers={workers!r}) must be a number of processes, 0 or more")
         if is_map_style(dataset):
             data: Data = MapData(dataset, self._config, self._device, name, collate, shuffle=shuffle, workers=workers)
+        elif self._config.tensor_parallel > 1:
+            raise UsageError(
+                f"data({name!r}) with tensor_parallel={self._config.tensor_parallel}: ranks that compute a micro-batch "
+                "together need the same samples, and of an iterable data set each has its own; take a map-style one"
+            )
         elif workers:
             raise UsageError(
                 f"data(workers={workers}): an iterable data set loads by itself; give it workers of its own"
