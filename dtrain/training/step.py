@@ -90,6 +90,8 @@ class Step:
         self._index = 0
         self._losses: torch.Tensor | None = None
         self._kept: torch.Tensor | None = None  # a parameter that has a gradient since this step's first backward pass
+        self._reached: set[int] = set()
+        """On a single rank: the parameters that have a gradient since its last backward pass."""
         self._work: dist.Work | None = None
         self._count = 0
         self._totals: Totals | None = None
@@ -181,6 +183,9 @@ class Step:
             held = (model.holding() for model in self._parallel.models)
             self._kept = next((parameter for parameter in held if parameter is not None), None)
         if last:
+            if dist.get_world_size() == 1:  # on several, all that are trained have one
+                trained = (parameter for model in self._parallel.models for parameter in model.trained)
+                self._reached = {id(parameter) for parameter in trained if parameter.grad is not None}
             self._exchange.depart()
             if alone:  # stays on the device: to look at it would wait for everything that is queued there
                 self._work = dist.all_reduce(self._losses, async_op=True)
@@ -216,35 +221,37 @@ class Step:
             raise UsageError(f"step {self.number}: the counts of all micro-batches add up to 0")
         self._parallel.check(optimizer)
         self._check(optimizer, *schedulers)
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        # On a single rank models may take turns, and an optimizer have nothing to do.
+        missed = dist.get_world_size() > 1 or any(id(p) in self._reached for p in trained)
+        if trained and not gradients and missed:
+            raise UsageError(
+                f"step {self.number}: no parameter of this {type(optimizer).__qualname__} has a gradient: it was "
+                "updated in this step before, or optimizer.zero_grad() was called, or no loss depends on what it "
+                "trains; call update once a step for each optimizer, and leave zero_grad() to it"
+            )
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
             if self._parallel.world_size < dist.get_world_size():
                 # By tensor parallelism: torch asks those only that share the first parameter.
                 for found in self._scaler._found_inf_per_device(optimizer).values():
                     dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        gradients = [p.grad for p in trained if p.grad is not None]
-        if trained and not gradients:
-            raise UsageError(
-                f"step {self.number}: no parameter of this {type(optimizer).__qualname__} has a gradient: it was "
-                "updated in this step before, or optimizer.zero_grad() was called, or no loss depends on what it "
-                "trains; call update once a step for each optimizer, and leave zero_grad() to it"
-            )
         finite = self._divide(gradients, clip)
         if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):
             self.skipped = True  # for another optimizer of the same step as well
         else:
             self._before_update()
-            if self._take(optimizer):
+            if self._take(optimizer, gradients):
                 for scheduler in schedulers:
                     scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         self.updated = True
         self._page.mark(Phase.BODY)
 
-    def _take(self, optimizer: Optimizer) -> bool:
+    def _take(self, optimizer: Optimizer, gradients: list[torch.Tensor]) -> bool:
         """Let the optimizer take the step. :returns: whether it did: a GradScaler leaves out what has overflowed."""
-        if self._scaler is None:
+        if self._scaler is None or not gradients:
             optimizer.step()
             return True
         self._scaler.step(optimizer)  # a fused optimizer is called in any case, and finds out by itself
