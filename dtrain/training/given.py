@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
@@ -29,15 +30,18 @@ def check_loss(step: int, loss: object, count: object) -> None:
             "F.cross_entropy(logits.float(), ...)"
         )
     last = loss.grad_fn  # what was computed last
-    is_mean = last is not None and (
-        last.name().startswith("MeanBackward") or getattr(last, "_saved_reduction", None) == _MEAN
-    )
-    if is_mean and count > 1:
+    if count > 1 and last is not None and _is_mean(last):
         raise UsageError(
             f"step {step}: the loss is a mean, and count={count} says that it is a sum over {count} terms, which is "
             'divided once, by the count of all ranks: compute it with reduction="sum", or .sum(); or give count=1, '
             "for each micro-batch to count the same"
         )
+
+
+def _is_mean(last: Any) -> bool:
+    if last.name().startswith("MeanBackward"):  # not of one number, such as a sum in a tensor with dimensions
+        return getattr(last, "_saved_self_sym_numel", 2) > 1
+    return getattr(last, "_saved_reduction", None) == _MEAN
 
 
 def check_update(step: int, optimizer: object, schedulers: Sequence[object], clip: object) -> None:
