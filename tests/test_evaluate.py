@@ -289,6 +289,26 @@ def test_a_gap_that_keeps_growing_is_pointed_out(tmp_path: Path) -> None:
     assert written([0.1, 0.2, 0.3]) == ""
 
 
+def test_fit_takes_a_count_that_is_a_tensor_as_an_evaluation_does(tmp_path: Path) -> None:
+    def masked(model: nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, mask = F.cross_entropy(model(batch[0]), batch[1], reduction="none"), batch[1] > 0
+        return (loss * mask).sum(), mask.sum()
+
+    def work(rank: int) -> tuple[float, float]:
+        with opened(tmp_path) as run:
+            model = run.parallelize(nn.Linear(FEATURES, CLASSES))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            held_out = samples(20, 2)
+            found = dtrain.fit(
+                run, model, optimizer, samples(40, 1), loss=dtrain.Mean(), steps=2, outputs=masked, val=held_out
+            )
+            total, count = masked(model, held_out[:])
+            return float(found["val/loss"]), float(total.detach() / count)
+
+    measured, right = in_world(1, work)[0]
+    assert measured == pytest.approx(right)
+
+
 def test_fit_is_the_loop_by_hand(tmp_path: Path) -> None:
     def work(root: Path, fit: bool) -> Any:
         with opened(root) as run:
@@ -334,6 +354,8 @@ def test_fit_is_the_loop_by_hand(tmp_path: Path) -> None:
     assert "takes metrics by name" in wrong(metrics=[Plain()])
     assert "fit makes run.data itself; give it the data set" in wrong(data=lambda run: run.data(samples(40, 1)))
     assert "outputs gave a Tensor; it gives a tuple" in wrong(outputs=lambda model, batch: model(batch[0]))
+    halves = {"loss": dtrain.Mean(), "outputs": lambda model, batch: (model(batch[0]).sum(), torch.tensor(2.5))}
+    assert "Mean: it was given a sum over 2.5 terms" in wrong(**halves)
     fitted = in_world(2, lambda rank: work(tmp_path / "fit", True))
     by_hand = in_world(2, lambda rank: work(tmp_path / "hand", False))
     assert_equal(list(map(list, fitted)), list(map(list, by_hand)))

@@ -49,12 +49,14 @@ class Mean:
             first, *rest = outputs
             outputs = (self._of(first.float(), *rest, reduction="sum"), outputs[-1].numel())
         total, count = outputs
-        return total, count
+        if int(count) != count:
+            raise UsageError(f"Mean: it was given a sum over {float(count)} terms; give a whole number")
+        return total, int(count)
 
     def update(self, *outputs: Any) -> None:
         total, count = self.sum(*outputs)
         self._total += float(total)
-        self._count += int(count)
+        self._count += count
 
     def compute(self) -> float:
         return self._total / self._count if self._count else float("nan")
