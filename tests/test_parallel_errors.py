@@ -257,6 +257,18 @@ def test_blocks_that_share_a_parameter_can_not_be_sharded_apart(tmp_path: Path, 
         assert message in str(error)
 
 
+def test_batch_norm_over_all_ranks_needs_as_many_passes_on_each(tmp_path: Path) -> None:
+    def work(rank: int, micro_batches: int) -> None:
+        options: dict[str, Any] = {"parallel": "fsdp", "global_batch": 2 * micro_batches, "micro_batch": 2}
+        with opened(tmp_path / str(micro_batches), **options) as run:
+            run.parallelize(nn.Sequential(nn.Linear(7, 5), nn.SyncBatchNorm(5)))
+
+    for error in errors(2, lambda rank: work(rank, 3)):
+        assert isinstance(error, UsageError)
+        assert "1 is a SyncBatchNorm, and 3 micro-batches can't be shared out evenly over 2 ranks" in str(error)
+    in_world(2, lambda rank: work(rank, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint32])
 def test_a_meta_buffer_of_a_type_without_a_sign_that_nobody_fills_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
     """As a causal mask of zeros it would mask nothing."""

@@ -83,6 +83,12 @@ class Parallel:
                     f"parallelize: {name or 'the model'} has sparse=True, whose gradients can't be summed up "
                     "and clipped here; leave it out"
                 )
+            if isinstance(part, nn.SyncBatchNorm) and config.micro_batches % self.world_size:
+                raise UsageError(
+                    f"parallelize: {name or 'the model'} is a SyncBatchNorm, and {config.micro_batches} micro-batches "
+                    f"can't be shared out evenly over {self.world_size} ranks: it would wait for passes that some of "
+                    "them don't make; change global_batch or the number of ranks"
+                )
         blocks = blocks_of(model, classes)
         if not blocks and config.activation_checkpointing != "none":
             raise UsageError(
