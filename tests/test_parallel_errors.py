@@ -269,6 +269,27 @@ def test_batch_norm_over_all_ranks_needs_as_many_passes_on_each(tmp_path: Path) 
     in_world(2, lambda rank: work(rank, 4))
 
 
+@pytest.mark.parametrize(("kind", "ranks"), [("none", 1), ("ddp", 2), ("fsdp", 2)])
+def test_a_buffer_that_was_expanded_is_one_like_any_other(tmp_path: Path, kind: str, ranks: int) -> None:
+    def work(rank: int) -> list[list[float]]:
+        with opened(tmp_path, parallel=kind) as run:
+            bare = Net()
+            bare.register_buffer("table", torch.full((3,), float(rank)).expand(2, 3), persistent=False)
+            bare.register_buffer("kept", torch.full((3,), float(rank)).expand(2, 3))
+            model = run.parallelize(bare)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(2):
+                for x, _ in step.micro_batches(data):
+                    step.backward(model(x).sum(), count=1)
+                step.update(optimizer)
+            assert "table" not in bare.state_dict()
+            return [bare.get_buffer(name).flatten().tolist() for name in ("table", "kept")]
+
+    assert in_world(ranks, work) == [[[0.0] * 6] * 2] * ranks
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint32])
 def test_a_meta_buffer_of_a_type_without_a_sign_that_nobody_fills_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
     """As a causal mask of zeros it would mask nothing."""

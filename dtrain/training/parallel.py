@@ -153,6 +153,7 @@ class Parallel:
     def _replicated(self, model: nn.Module, filler: Filler) -> Wrapped:
         filler.fill(model)
         model = model.to(self._device)
+        _unexpand(model)
         trained = any(p.requires_grad for p in model.parameters())
         same_on_all_ranks([*model.buffers(), *(() if trained else model.parameters())])  # the rest DDP sees to
         if dist.get_world_size() == 1 or not trained:
@@ -185,10 +186,23 @@ class Parallel:
             inner = {id(parameter) for part in blocks for parameter in part.parameters()}
             same_on_all_ranks(() if alike else (p for p in model.parameters() if id(p) not in inner))
             fully_shard(model, mesh=mesh, mp_policy=self._precision.policy(), offload_policy=offload)
+        _unexpand(model)
         same_on_all_ranks(model.buffers())
         group = dist.group.WORLD if mesh is self.mesh else mesh._flatten().get_group()
         assert group is not None
         return Sharded(model, group, self._shards, exact=self.exact)
+
+
+def _unexpand(model: nn.Module) -> None:
+    """Give buffers memory for each of their elements: nothing can be written to what `expand` has made."""
+    whole: dict[torch.Tensor, torch.Tensor] = {}
+    for part in model.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is None or buffer.layout != torch.strided or buffer.is_nested or 0 not in buffer.stride():
+                continue
+            if buffer not in whole:  # what several modules share stays shared
+                whole[buffer] = buffer.clone(memory_format=torch.contiguous_format)
+            part._buffers[name] = whole[buffer]
 
 
 def _check_not_shared(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
