@@ -46,7 +46,8 @@ def test_what_is_loaded_may_be_named_by_a_url(tmp_path: Path, dtrain: Dtrain) ->
     make(tmp_path / "run", [10, 20])
     (newest,) = (tmp_path / "run/checkpoints").glob("step-00000020*")
     dtrain("export", tmp_path / "run", tmp_path / "weights.safetensors")
-    for path in (tmp_path / "run", newest, tmp_path / "weights.safetensors"):
+    dtrain("export", tmp_path / "run", tmp_path / "weights.pt")
+    for path in (tmp_path / "run", newest, tmp_path / "weights.safetensors", tmp_path / "weights.pt"):
         model = nn.Linear(5, 3)
         load(path.as_uri(), {"model": model})
         assert isinstance(open_source(path.as_uri()).storage, LocalStorage)
@@ -54,6 +55,8 @@ def test_what_is_loaded_may_be_named_by_a_url(tmp_path: Path, dtrain: Dtrain) ->
         found = {"model": nn.Linear(5, 3).state_dict()}
         dcp.load(found, storage_reader=Reader.open(path.as_uri()), no_dist=True)
         assert torch.equal(found["model"]["weight"], model.weight), path
+    with pytest.raises(ConfigError, match="are for a URL"):
+        load((tmp_path / "run").as_uri(), {"model": nn.Linear(5, 3)}, storage_options={"region": "x"})
 
 
 def test_the_commands_take_urls(tmp_path: Path, dtrain: Dtrain) -> None:

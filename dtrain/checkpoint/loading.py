@@ -35,7 +35,7 @@ from dtrain.checkpoint.sources import Source, Step, open_source
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError
-from dtrain.storage.places import is_remote
+from dtrain.storage.places import is_remote, on_disk
 
 T = TypeVar("T")
 
@@ -167,7 +167,7 @@ def find(
     """
     if isinstance(step, str) and step != "best":
         raise UsageError(f"step={step!r}: give a number or 'best'; without a step it is the newest good one")
-    if storage_options and not is_remote(source):
+    if storage_options and not is_remote(on_disk(source)):
         raise ConfigError(f"storage_options ({', '.join(storage_options)}) are for a URL, and {source} is none")
     if not _several_ranks():
         return _find(source, step, storage_options)

@@ -36,7 +36,7 @@ from dtrain.checkpoint.tree import Tree, dtype_name, dtype_named, encode, flatte
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
 from dtrain.storage.base import Storage, looks
 from dtrain.storage.local import LocalStorage
-from dtrain.storage.places import is_remote, storage_at
+from dtrain.storage.places import is_remote, on_disk, storage_at
 
 Kind = Literal["checkpoint", "dcp", "safetensors", "torch"]
 Step = int | Literal["best"] | None
@@ -167,8 +167,9 @@ def open_source(
     :raises Damaged: it isn't what was saved.
     :raises StateError: it holds what can't be read without running code.
     """
+    path = on_disk(path)
     if is_remote(path):
-        return _of_url(os.fspath(path).rstrip("/"), step, name, storage_options)
+        return _of_url(path.rstrip("/"), step, name, storage_options)
     path = Path(path)
     if not path.exists():
         raise ConfigError(f"{path} doesn't exist")
