@@ -79,7 +79,8 @@ class List:
 
     def run(self) -> int:
         storage, log = open_run(self.folder, self.storage_option)
-        rows = [self._row(storage, log, entry) for entry in log.entries if entry.kind == "commit"]
+        states = states_of(log)
+        rows = [self._row(storage, log, e, *states[e.attempt]) for e in log.entries if e.kind == "commit"]
         rows = [row for row in rows if self.all or row["state"] != "retired"]
         if self.json:
             print_json(rows)
@@ -113,16 +114,15 @@ class List:
             print(f"{broken}; what it said is unknown")
         return 0
 
-    def _row(self, storage: Storage, log: Log, entry: Entry) -> dict[str, Any]:
+    def _row(self, storage: Storage, log: Log, entry: Entry, state: str, reason: str) -> dict[str, Any]:
         ranks, size = entry.world_size or None, entry.bytes or None
-        state, reason = state_of(log, entry)
         if state != "retired":
             try:
                 data, manifest = read_manifest(storage, f"{CHECKPOINTS}/{entry.attempt}", MANIFEST, entry.manifest)
                 ranks, size = manifest.world_size, sum(manifest.files.values()) + len(data)
             except Damaged as error:
                 log.refresh()  # a run that goes on may just have deleted it
-                if state_of(log, entry)[0] == "retired":
+                if states_of(log)[entry.attempt][0] == "retired":
                     state = "retired"
                 elif state == "good":
                     state, reason = "damaged", str(error)
@@ -297,12 +297,11 @@ class Diff:
         return int(bool(found))
 
 
-def state_of(log: Log, commit: Entry) -> tuple[str, str]:
-    """What the log says of a commit: good, bad or retired; and why."""
-    if any(entry.kind == "retire" and entry.attempt == commit.attempt for entry in log.entries):
-        return "retired", ""
-    bad = {entry.attempt: entry.reason for entry in log.bad()}
-    return ("bad", bad[commit.attempt]) if commit.attempt in bad else ("good", "")
+def states_of(log: Log) -> dict[str, tuple[str, str]]:
+    """What the log says of each commit, by its attempt: good, bad or retired; and why."""
+    found = {entry.attempt: ("good", "") for entry in log.entries if entry.kind == "commit"}
+    found |= {entry.attempt: ("bad", entry.reason) for entry in log.bad()}
+    return found | {entry.attempt: ("retired", "") for entry in log.entries if entry.kind == "retire"}
 
 
 def _manifest(storage: Storage, commit: Entry) -> Manifest:

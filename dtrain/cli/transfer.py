@@ -269,7 +269,7 @@ class Import:
 
 def _opened(path: str, **asked: Any) -> Source:
     """See `open_source`."""
-    source = open_source(on_disk(path), **asked)
+    source = open_source(path, **asked)
     for text in source.passed_over:
         say(text)
     return source
