@@ -23,9 +23,9 @@ from dtrain.checkpoint.interchange import Progress, pwrite, room_at
 from dtrain.checkpoint.layout import Layout, Place
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.plan import local_items
-from dtrain.checkpoint.sources import Source, renamed
+from dtrain.checkpoint.source import Source
 from dtrain.checkpoint.state import RUN, State
-from dtrain.checkpoint.tree import decode, dtype_named
+from dtrain.checkpoint.tree import decode, dtype_named, renamed
 from dtrain.checkpoint.writer import pickled, shard_name, with_values
 from dtrain.errors import ConfigError, StateError, UsageError
 from dtrain.storage.base import Sink, Storage

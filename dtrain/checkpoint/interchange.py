@@ -27,7 +27,7 @@ import torch
 from dtrain.checkpoint.format import TensorItem
 from dtrain.checkpoint.layout import Sparse
 from dtrain.checkpoint.safetensors import TYPES
-from dtrain.checkpoint.sources import Source
+from dtrain.checkpoint.source import Source
 from dtrain.checkpoint.tree import Tree, decode, dtype_named, leaves_of
 from dtrain.errors import ConfigError, StateError
 from dtrain.storage.local import sync_folder

@@ -31,7 +31,8 @@ from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
 from dtrain.checkpoint.newest import still_there
 from dtrain.checkpoint.plan import local_part
 from dtrain.checkpoint.reader import load_tensors, tied, untied
-from dtrain.checkpoint.sources import Source, Step, open_source
+from dtrain.checkpoint.source import Source
+from dtrain.checkpoint.sources import Step, open_source
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import decode, flatten
 from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError

@@ -12,11 +12,9 @@ dtrain itself has digests. Nothing is ever run that is in a file.
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,134 +22,23 @@ import torch
 
 from dtrain.checkpoint.catalog import CHECKPOINTS, epoch_of
 from dtrain.checkpoint.foreign import Made, read_stock
-from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Chunk, Manifest, Piece, TensorItem, hash_item
+from dtrain.checkpoint.format import BLOCK_BYTES, MANIFEST, METADATA, Manifest, TensorItem
 from dtrain.checkpoint.log import FOLDER, Log, is_entry
 from dtrain.checkpoint.newest import newest_good
 from dtrain.checkpoint.ranking import best_step
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.checkpoint.records import load_plain
 from dtrain.checkpoint.safetensors import INDEX_SUFFIX, SUFFIX, read_safetensors
-from dtrain.checkpoint.state import RUN
-from dtrain.checkpoint.tree import Tree, dtype_name, dtype_named, encode, flatten
+from dtrain.checkpoint.source import Source
+from dtrain.checkpoint.tree import Tree, dtype_name, encode, flatten, is_tensor, renamed
 from dtrain.errors import ConfigError, Damaged, NoGoodCheckpoint, StateError
 from dtrain.storage.base import Storage, looks
 from dtrain.storage.local import LocalStorage
 from dtrain.storage.places import is_remote, on_disk, storage_at
 
-Kind = Literal["checkpoint", "dcp", "safetensors", "torch"]
 Step = int | Literal["best"] | None
 Options = Mapping[str, Any] | None
 WEB = ("http://", "https://")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What can be read like a checkpoint."""
-
-    place: str
-    """For messages."""
-    kind: Kind
-    storage: Storage
-    folder: str
-    """In the storage."""
-    manifest: Manifest
-    refused: Mapping[str, str] = field(default_factory=dict)
-    """Values that are left out, since only running code would give them, each with the reason."""
-    passed_over: Sequence[str] = ()
-    """Of newer checkpoints of the run that are damaged, each in a sentence."""
-
-    def blocks(self, piece: Piece | Chunk) -> Iterator[tuple[int, memoryview]]:
-        """An item's bytes, block by block, each with its place in the item; they hold until the next is asked for.
-
-        :raises Damaged: a block isn't what was saved, or can't be read to its end.
-        """
-        block = self.manifest.block_bytes
-        memory = memoryview(bytearray(min(block, piece.length)))
-        file = f"{self.folder}/{piece.file}"
-        for number, start in enumerate(range(0, piece.length, block)):
-            data = memory[: piece.length - start]
-            for _ in looks(self.storage):
-                try:
-                    self.storage.read_into(file, piece.offset + start, [data])
-                except (EOFError, FileNotFoundError) as error:
-                    raise Damaged(f"{self.storage.root}/{file}: {error} ({self._name_of(piece)})") from error
-                if not piece.digests or hash_item(data, block) == piece.digests[16 * number : 16 * number + 16]:
-                    break
-            else:
-                first = piece.offset + start
-                raise Damaged(
-                    f"{self.storage.root}/{file}: bytes {first} to {first + data.nbytes} are not those that were saved "
-                    f"({self._name_of(piece)})"
-                )
-            yield start, data
-
-    def _name_of(self, piece: Piece | Chunk) -> str:
-        named: list[tuple[str, Piece | Chunk]] = [*self.manifest.values.items()]
-        named += [(name, chunk) for name, item in self.manifest.tensors.items() for chunk in item.chunks]
-        return next(name for name, known in named if known is piece)
-
-    def payload(self, item: TensorItem, chunk: Chunk) -> Iterator[tuple[int, memoryview]]:
-        """A box's own bytes, each part with its place in the box."""
-        size = math.prod(chunk.sizes) * dtype_named(item.dtype).itemsize
-        for at, data in self.blocks(chunk):
-            low, high = max(at, chunk.payload), min(at + data.nbytes, chunk.payload + size)
-            if low < high:
-                yield low - chunk.payload, data[low - at : high - at]
-
-    def in_tensor(self, item: TensorItem, chunk: Chunk) -> Iterator[tuple[int, memoryview]]:
-        """A box's own bytes, each part with its place in the whole tensor."""
-        itemsize = dtype_named(item.dtype).itemsize
-        # From the last dimension that the box has only a part of on, its elements lie in a row in the tensor too.
-        cut = max((d for d, size in enumerate(chunk.sizes) if size != item.shape[d]), default=0)
-        row = math.prod(chunk.sizes[cut:]) * itemsize
-        stride = math.prod(item.shape[cut:]) * itemsize
-        first = math.prod(item.shape[cut + 1 :]) * (chunk.offsets[cut] if chunk.offsets else 0) * itemsize
-        for at, data in self.payload(item, chunk):
-            while data:
-                number, inside = divmod(at, row)
-                part = data[: row - inside]
-                outer = 0  # the row's number among those of the tensor
-                rest = number
-                weight = 1
-                for size, offset, extent in zip(
-                    reversed(chunk.sizes[:cut]), reversed(chunk.offsets[:cut]), reversed(item.shape[:cut]), strict=True
-                ):
-                    rest, index = divmod(rest, size)
-                    outer += (index + offset) * weight
-                    weight *= extent
-                yield outer * stride + first + inside, part
-                at += part.nbytes
-                data = data[part.nbytes :]
-
-    def select(self, name: str | None) -> tuple[dict[str, TensorItem], Tree]:
-        """The tensors of an object, or of a part of one, and its tree, both without its name before the tensors'.
-
-        :param name: may be dotted; None is all of the state.
-        :raises StateError: there is no such object, it has no tensors, or only running code could read it.
-        """
-        tree = self.manifest.tree
-        for part in name.split(".") if name else ():
-            if not isinstance(tree, dict) or part not in tree:
-                known = ", ".join(key for key in self.manifest.tree if key != RUN) or "nothing"
-                raise StateError(f"{self.place} has no {name!r}; it holds: {known}")
-            tree = tree[part]
-        before = f"{name}." if name else ""
-        for key, reason in self.refused.items():
-            if key == name or key.startswith(before):
-                raise StateError(f"{self.place}: {key} can't be read without running code ({reason})")
-        items = {key.removeprefix(before): self.manifest.tensors[key] for key in tensor_names(tree)}
-        if not items:
-            raise StateError(f"{self.place}: {name} holds no tensors")
-        return items, renamed(tree, before, "")
-
-    def besides(self, name: str) -> list[str]:
-        """What `select(name)` leaves out, each as the shortest name that stands for all of it."""
-        found: list[str] = []
-        tree, before = self.manifest.tree, ""
-        for part in name.split("."):
-            found += [f"{before}{key}" for key in tree if key != part and f"{before}{key}" != RUN]
-            tree, before = tree[part], f"{before}{part}."
-        return sorted(dict.fromkeys([*found, *self.refused]))
 
 
 def open_source(
@@ -334,7 +221,7 @@ def _manifest(tensors: dict[str, TensorItem], tree: Tree, files: dict[str, int])
 def _named(manifest: Manifest, name: str) -> Manifest:
     """Weights that lie at the top of the tree get a name, as the objects that a run tracks have one."""
     for key, value in manifest.tree.items():
-        if not _is_tensor(value) and _holds_tensor(value) and not key.endswith("_extra_state"):
+        if not is_tensor(value) and _holds_tensor(value) and not key.endswith("_extra_state"):
             return manifest
     return _manifest(
         {f"{name}.{key}": item for key, item in manifest.tensors.items()},
@@ -343,31 +230,7 @@ def _named(manifest: Manifest, name: str) -> Manifest:
     )
 
 
-def _is_tensor(value: Tree) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("$tensor"), str)
-
-
 def _holds_tensor(value: Tree) -> bool:
     if isinstance(value, dict):
-        return _is_tensor(value) or any(map(_holds_tensor, value.values()))
+        return is_tensor(value) or any(map(_holds_tensor, value.values()))
     return isinstance(value, list) and any(map(_holds_tensor, value))
-
-
-def tensor_names(tree: Tree) -> Iterator[str]:
-    """The names of the tensors in a tree, in its order."""
-    if _is_tensor(tree):
-        yield tree["$tensor"]
-    elif isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensor_names(value)
-
-
-def renamed(tree: Tree, old: str, new: str) -> Tree:
-    """A tree in which the tensors' names begin with `new` instead of `old`."""
-    if isinstance(tree, list):
-        return [renamed(value, old, new) for value in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if _is_tensor(tree):
-        return {"$tensor": new + tree["$tensor"].removeprefix(old)}
-    return {key: renamed(value, old, new) for key, value in tree.items()}

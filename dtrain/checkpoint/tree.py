@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -199,3 +199,28 @@ def leaves_of(value: Any) -> dict[str, tuple[tuple[str | int, ...], Any]]:
     """The leaves of a tree that was encoded, as `flatten` gives them, with an empty tensor in the place of each."""
     nothing = torch.empty(0, device="meta")
     return flatten(decode(value, lambda _: nothing))
+
+
+def is_tensor(value: Tree) -> bool:
+    """Whether it stands for a tensor."""
+    return isinstance(value, dict) and isinstance(value.get("$tensor"), str)
+
+
+def tensor_names(tree: Tree) -> Iterator[str]:
+    """The names of the tensors in a tree, in its order."""
+    if is_tensor(tree):
+        yield tree["$tensor"]
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensor_names(value)
+
+
+def renamed(tree: Tree, old: str, new: str) -> Tree:
+    """A tree in which the tensors' names begin with `new` instead of `old`."""
+    if isinstance(tree, list):
+        return [renamed(value, old, new) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if is_tensor(tree):
+        return {"$tensor": new + tree["$tensor"].removeprefix(old)}
+    return {key: renamed(value, old, new) for key, value in tree.items()}

@@ -25,8 +25,7 @@ from dtrain.checkpoint.format import MANIFEST, Manifest
 from dtrain.checkpoint.log import Entry, Log
 from dtrain.checkpoint.newest import newest_good, still_there
 from dtrain.checkpoint.reader import read_manifest
-from dtrain.checkpoint.sources import tensor_names
-from dtrain.checkpoint.tree import dtype_named
+from dtrain.checkpoint.tree import dtype_named, tensor_names
 from dtrain.cli.best import Best
 from dtrain.cli.leftovers import Gc
 from dtrain.cli.table import age_text, local_time, plural, print_json, print_table, shortened, size_text, width

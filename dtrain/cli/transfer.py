@@ -18,7 +18,8 @@ from dtrain.checkpoint.adopt import adopt
 from dtrain.checkpoint.interchange import SHARD_BYTES, export_weights
 from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.newest import still_there
-from dtrain.checkpoint.sources import Source, open_source
+from dtrain.checkpoint.source import Source
+from dtrain.checkpoint.sources import open_source
 from dtrain.checkpoint.tree import dtype_named
 from dtrain.checkpoint.verify import size_of, verify, verify_log
 from dtrain.cli.table import bar, plural, print_json, shortened, size_text, width
