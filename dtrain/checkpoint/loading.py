@@ -30,11 +30,12 @@ from dtrain.checkpoint.layout import bytes_of, plain
 from dtrain.checkpoint.manager import from_all_ranks, from_rank_0
 from dtrain.checkpoint.newest import still_there
 from dtrain.checkpoint.plan import local_part
-from dtrain.checkpoint.reader import load_tensors, tied, untied
+from dtrain.checkpoint.reader import load_tensors
 from dtrain.checkpoint.source import Source
 from dtrain.checkpoint.sources import Step, open_source
 from dtrain.checkpoint.state import State
 from dtrain.checkpoint.tree import decode, flatten
+from dtrain.checkpoint.wants import tied, untied
 from dtrain.errors import ConfigError, Damaged, DtrainError, NoGoodCheckpoint, StateError, UsageError
 from dtrain.storage.places import is_remote, on_disk
 
