@@ -67,7 +67,12 @@ def test_a_loss_that_is_no_sum_is_refused(tmp_path: Path, loss: Callable[..., An
             lambda step, optimizer: (step.update(optimizer), step.update(optimizer)),
             "no parameter of this SGD has a gradient: it was updated in this step before",
         ),
+        (
+            lambda step, optimizer: (optimizer.step(), step.update(optimizer)),
+            "SGD.step() was called before step.update, and would take sums for means",
+        ),
         (lambda step, optimizer: step.update(optimizer), ""),
+        (lambda step, optimizer: (step.update(optimizer), optimizer.step()), ""),
     ],
 )
 def test_an_update_that_can_not_be_meant_is_refused(tmp_path: Path, update: Callable[..., Any], message: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dtrain.config import Config
 from dtrain.errors import UsageError
 from dtrain.training.exchange import MOST
 
@@ -58,3 +59,38 @@ def check_update(step: int, optimizer: object, schedulers: Sequence[object], cli
             f"step {step}: a ReduceLROnPlateau goes by a measurement; call its step(value) yourself, behind update and "
             "an evaluation"
         )
+
+
+def check_metrics(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:
+    """What was measured, as numbers.
+
+    :raises UsageError: one of them is none, or that of `keep_best` is missing.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"save(metrics={{{name!r}: {value!r}}}): must be a number") from error
+    if config.keep_best is not None and config.keep_best.metric not in found:
+        raise UsageError(
+            f"save(metrics={found}): keep_best goes by {config.keep_best.metric!r}, which is not among them; give it "
+            "too, or change keep_best"
+        )
+    return found
+
+
+def refuse_by_hand(optimizer: Optimizer, under_way: Callable[[], int]) -> None:
+    """Have an optimizer's own `step` refused where its gradients are still sums of this rank's, or of all of them.
+
+    :param under_way: gives the number of the step of which that is true; 0 if there is none.
+    """
+
+    def look(*_: object) -> None:
+        if number := under_way():
+            raise UsageError(
+                f"step {number}: {type(optimizer).__qualname__}.step() was called before step.update, and would take "
+                "sums for means; leave it to step.update, which divides and clips first"
+            )
+
+    optimizer.register_step_pre_hook(look)

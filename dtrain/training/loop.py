@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from dtrain.checkpoint.manager import Manager
 from dtrain.checkpoint.schedule import Action
@@ -24,6 +25,7 @@ from dtrain.observe.events import Events, say
 from dtrain.training.copies import Copies
 from dtrain.training.exactness import inexact_parts, name_changed_buffers
 from dtrain.training.exchange import Exchange
+from dtrain.training.given import check_metrics, refuse_by_hand
 from dtrain.training.guards import Watch
 from dtrain.training.parallel import Buffers, Parallel, same_on_all_ranks
 from dtrain.training.precision import Precision
@@ -111,6 +113,9 @@ class Loop:
             every = getattr(self._config, option)
             if every is not None and Interval.parse(every, option).unit == "epochs" and not self._sources.map_style:
                 raise UsageError(f"{option}={every!r}: an iterable data set has no epochs; give steps, or a time")
+        for value in self._state.objects.values():
+            if isinstance(value, Optimizer):
+                refuse_by_hand(value, self._undivided)
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
@@ -150,6 +155,11 @@ class Loop:
             # What comes behind the loop is for a training that is done, or was stopped by its own code.
             self._page.stop = STOPPED
             raise SystemExit(0)
+
+    def _undivided(self) -> int:
+        """The step that is half done, whose gradients are sums; 0 if there is none."""
+        step = self._step
+        return step.number if step is not None and step.begun and not step.divided else 0
 
     def _once(self, number: int, scaler: GradScaler | None) -> Generator[Step, None, Step]:
         step = self._step = self._new_step(number, scaler)
@@ -218,7 +228,7 @@ class Loop:
 
     def save(self, metrics: Mapping[str, Any] | None, *, wait: bool) -> None:
         """See `Run.save`."""
-        measured = _checked(metrics, self._config) if metrics else {}
+        measured = check_metrics(metrics, self._config) if metrics else {}
         if not self.started:
             raise UsageError("save comes after run.steps has begun, which restores what was saved before")
         step = self._step
@@ -333,19 +343,3 @@ class Loop:
             where = f"restored step {self._saves.done}" if restored else "nothing saved yet"
             say(f"{self._config.dir}: {where}, {ranks}")
         return restored is not None
-
-
-def _checked(metrics: Mapping[str, Any], config: Config) -> dict[str, float]:
-    """:raises UsageError: one of them is no number, or that of `keep_best` is missing."""
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[name] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"save(metrics={{{name!r}: {value!r}}}): must be a number") from error
-    if config.keep_best is not None and config.keep_best.metric not in found:
-        raise UsageError(
-            f"save(metrics={found}): keep_best goes by {config.keep_best.metric!r}, which is not among them; give it "
-            "too, or change keep_best"
-        )
-    return found

@@ -45,7 +45,8 @@ class Step:
     :ivar number: which step it is, the first being 1.
     :ivar values: what was logged, for the run's metrics.
     :ivar begun: whether a micro-batch was taken.
-    :ivar updated: whether `update` is done with this step.
+    :ivar divided: whether `update` has made means of the sums.
+    :ivar updated: whether it is done with this step.
     :ivar skipped: whether a guard has kept it from the optimizer.
     """
 
@@ -84,6 +85,7 @@ class Step:
         self._open = False
         self._backwards = 0
         self.begun = False
+        self.divided = False
         self.updated = False
         self.skipped = False
         self._own: list[tuple[int, torch.Tensor]] = []
@@ -238,6 +240,7 @@ class Step:
                 for found in self._scaler._found_inf_per_device(optimizer).values():
                     dist.all_reduce(found, op=dist.ReduceOp.MAX)
         finite = self._divide(gradients, clip)
+        self.divided = True
         if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):
             self.skipped = True  # for another optimizer of the same step as well
         else:
