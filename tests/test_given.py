@@ -95,6 +95,9 @@ def test_models_may_take_turns(tmp_path: Path, precision: str) -> None:
             optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
             data = run.data(samples())
             run.track(first=models[0], second=models[1], one=optimizers[0], other=optimizers[1])
+            taken: list[object] = []
+            for optimizer in optimizers:
+                optimizer.register_step_post_hook(lambda optimizer, *_: taken.append(optimizer))
             changed = []
             for step in run.steps(4):
                 turn = step.number % 2
@@ -109,9 +112,62 @@ def test_models_may_take_turns(tmp_path: Path, precision: str) -> None:
                     optimizers[turn].zero_grad()
                     with pytest.raises(UsageError, match="no parameter of this SGD has a gradient"):
                         step.update(optimizers[turn])
+            assert taken == [optimizers[1], optimizers[0]] * 2, "an average of the weights counts an optimizer's steps"
             return changed
 
     assert in_world(1, work) == [[True] * 4]
+
+
+@pytest.mark.parametrize("parallelized", [True, False])
+def test_a_step_by_hand_is_refused_for_each_optimizer_of_a_model_that_is_trained(
+    tmp_path: Path, parallelized: bool
+) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="none") as run:
+            models = [nn.Linear(FEATURES, CLASSES) for _ in range(2)]
+            optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+            probe = nn.Linear(CLASSES, 1)
+            probes = torch.optim.SGD(probe.parameters(), lr=0.1)
+            if parallelized:
+                for model in models:
+                    run.parallelize(model)
+            data = run.data(samples())
+            run.track(first=models[0], second=models[1], one=optimizers[0], other=optimizers[1])
+            if parallelized:
+                run.track(probe=probe, probes=probes)
+            for step in run.steps(2):
+                for x, y in step.micro_batches(data):
+                    out = models[0](x) + models[1](x)
+                    step.backward(F.cross_entropy(out, y, reduction="sum"), count=len(y))
+                    if parallelized:  # it isn't what the run trains
+                        probes.zero_grad()
+                        probe(out.detach()).sum().backward()
+                        probes.step()
+                step.update(optimizers[0])
+                with pytest.raises(UsageError, match=r"SGD.step\(\) was called before step.update"):
+                    optimizers[1].step()
+                step.update(optimizers[1])
+                optimizers[1].step()
+
+    in_world(1, work)
+
+
+def test_gradients_that_are_thrown_away_of_a_model_that_is_not_parallelized_are_missed(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        with opened(tmp_path, parallel="none") as run:
+            model = nn.Linear(FEATURES, CLASSES)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            data = run.data(samples())
+            run.track(model=model, optimizer=optimizer)
+            for step in run.steps(1):
+                for x, y in step.micro_batches(data):
+                    step.backward(F.cross_entropy(model(x), y, reduction="sum"), count=len(y))
+                optimizer.zero_grad()
+                with pytest.raises(UsageError, match="no parameter of this SGD has a gradient"):
+                    step.update(optimizer)
+                break
+
+    in_world(1, work)
 
 
 def test_gradients_that_are_thrown_away_between_micro_batches_are_missed(tmp_path: Path) -> None:

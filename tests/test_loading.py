@@ -413,6 +413,15 @@ def test_an_option_may_be_had_of_another_kind_of_optimizer(run: Path) -> None:
     assert list(differences(tree(made(2))["model"], tree(objects)["model"])) == []
 
 
+def test_the_state_of_another_kind_of_optimizer_is_refused_whatever_is_left_of_its_options(run: Path) -> None:
+    objects = made(9)
+    optimizer = torch.optim.SGD(objects["model"].parameters())
+    with pytest.raises(StateError, match="saved by another kind of optimizer"):
+        load(run, {"model": objects["model"], "optimizer": optimizer}, skip=["optimizer.param_groups.*.lr"])
+    assert (optimizer.param_groups[0]["lr"], len(optimizer.state)) == (1e-3, 0)
+    assert list(differences(tree(made(9))["model"], tree(objects)["model"])) == [], "nothing has changed"
+
+
 def test_options_that_an_older_torch_did_not_save_are_filled_in(run: Path, tmp_path: Path) -> None:
     older = made(2)
     for name in ("foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"):

@@ -318,6 +318,7 @@ def test_a_buffer_that_its_reset_replaces_is_taken(tmp_path: Path, kind: str) ->
             super().__init__()
             self.angles: torch.Tensor
             self.mask: torch.Tensor
+            self.register_buffer("none", torch.empty(0, dtype=torch.bool))
             self.reset_parameters()
 
         def reset_parameters(self) -> None:

@@ -136,8 +136,7 @@ def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, 
         difference
         for difference in differences
         if difference.name not in others
-        # Some of its options may be had of another kind of optimizer: the rest stays as it is.
-        and (chosen.all if difference.kind == "options" else chosen.any)(difference.name, names)
+        and _is_chosen(chosen, difference, names)
         and not matches(difference.name, allowed.get(difference.kind, []))
     ]
     if refused:
@@ -154,6 +153,13 @@ def _planned(state: State, found: Source, chosen: Choice, allowed: Mapping[str, 
         if one != other:
             raise untied(*names_of_one)
     return plan
+
+
+def _is_chosen(chosen: Choice, difference: Difference, names: set[str]) -> bool:
+    if difference.kind != "options":
+        return chosen.any(difference.name, names)
+    # Some options may be had of another kind of optimizer, and the rest stays as it is; but nothing of its state.
+    return chosen.all(difference.name, names) or chosen.any(f"{difference.of}.state", names)
 
 
 def find(

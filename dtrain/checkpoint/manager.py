@@ -243,7 +243,7 @@ class Manager:
             if dist.get_rank() == 0:
                 seconds = time.monotonic() - started
                 self._events.emit("restored", step=commit.step, seconds=seconds, place=_PLACES[place])
-            return Restored(commit.step, position, place == 0, min(newest, commit.step))
+            return Restored(commit.step, position, place == 0, commit.step if place == 0 else min(newest, commit.step))
 
     def _acquit(self, log: Log, commit: Entry, place: int) -> None:
         """On rank 0: have a checkpoint count again that was found bad before, now that it is restored whole."""

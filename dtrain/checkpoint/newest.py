@@ -42,7 +42,7 @@ def newest_good(storage: Storage, log: Log, step: int | None = None) -> tuple[En
     if damaged:
         raise Damaged("; ".join(f"step {at}: {why}" for at, why in damaged.values()))
     if step is not None:
-        known = ", ".join(str(commit.step) for commit in log.commits()) or "none"
+        known = ", ".join(str(commit.step) for commit in log.commits() or log.found_bad()) or "none"
         deleted = any(entry.kind == "retire" and entry.step == step for entry in log.entries)
         what = f"has deleted its checkpoint of step {step}" if deleted else f"has no good checkpoint of step {step}"
         raise ConfigError(f"{storage.root} {what}; there are: {known}")
@@ -59,6 +59,8 @@ def still_there(storage: Storage, folder: str) -> Iterator[None]:
     try:
         yield
     except Damaged as error:
+        if not folder.startswith(f"{CHECKPOINTS}/"):  # in no run
+            raise
         log = Log(storage)
         log.refresh()
         for entry in log.entries:

@@ -44,7 +44,7 @@ class Best:
     def run(self) -> int:
         storage, log = open_run(self.folder, self.storage_option)
         criterion = self._criterion(storage, log)
-        found = best_of(log.commits(), criterion)
+        found = best_of(log.commits() or log.found_bad(), criterion)
         others = sorted({name for entry in found for name in entry.metrics} - {criterion.metric})
         if self.json:
             print_json([_row(entry, criterion) for entry in found])
@@ -74,7 +74,7 @@ class Best:
 
     def _criterion(self, storage: Storage, log: Log) -> Criterion:
         """:raises StateError: it isn't known what to go by."""
-        known = sorted({name for entry in log.commits() for name in entry.metrics})
+        known = sorted({name for entry in log.commits() or log.found_bad() for name in entry.metrics})
         if not known:
             raise StateError(
                 f"{self.folder}: none of its checkpoints has a metric: they come from run.evaluate or "

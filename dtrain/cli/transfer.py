@@ -160,7 +160,7 @@ class Export:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A run folder, or whatever `import` takes."""
 
-    destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESTINATION")]
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     """Its name tells the form: NAME.safetensors, or NAME.pt for torch.load, or a folder, which gets
     model.safetensors, in several files with an index if it is large."""
 

@@ -80,14 +80,14 @@ def check_metrics(metrics: Mapping[str, Any], config: Config) -> dict[str, float
     return found
 
 
-def refuse_by_hand(optimizer: Optimizer, under_way: Callable[[], int]) -> None:
+def refuse_by_hand(optimizer: Optimizer, under_way: Callable[[Optimizer], int]) -> None:
     """Have an optimizer's own `step` refused where its gradients are still sums of this rank's, or of all of them.
 
-    :param under_way: gives the number of the step of which that is true; 0 if there is none.
+    :param under_way: gives the number of the step of which that is true of it; 0 if there is none.
     """
 
     def look(*_: object) -> None:
-        if number := under_way():
+        if number := under_way(optimizer):
             raise UsageError(
                 f"step {number}: {type(optimizer).__qualname__}.step() was called before step.update, and would take "
                 "sums for means; leave it to step.update, which divides and clips first"

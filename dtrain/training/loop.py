@@ -113,9 +113,12 @@ class Loop:
             every = getattr(self._config, option)
             if every is not None and Interval.parse(every, option).unit == "epochs" and not self._sources.map_style:
                 raise UsageError(f"{option}={every!r}: an iterable data set has no epochs; give steps, or a time")
+        trained = {id(parameter) for model in self._parallel.models for parameter in model.trained}
         for value in self._state.objects.values():
             if isinstance(value, Optimizer):
-                refuse_by_hand(value, self._undivided)
+                own = {id(parameter) for group in value.param_groups for parameter in group["params"]}
+                if not trained or own & trained:  # others may be for something beside
+                    refuse_by_hand(value, self._undivided)
         saves = self._saves
         restored = self._restore()
         if dist.get_rank() == 0:
@@ -156,10 +159,11 @@ class Loop:
             self._page.stop = STOPPED
             raise SystemExit(0)
 
-    def _undivided(self) -> int:
-        """The step that is half done, whose gradients are sums; 0 if there is none."""
+    def _undivided(self, optimizer: Optimizer) -> int:
+        """The step under way, if its gradients of an optimizer's parameters are still sums; 0 otherwise."""
         step = self._step
-        return step.number if step is not None and step.begun and not step.divided else 0
+        inside = step is not None and step.begun and self._page.at == step.number
+        return step.number if step is not None and inside and id(optimizer) not in step.divided else 0
 
     def _once(self, number: int, scaler: GradScaler | None) -> Generator[Step, None, Step]:
         step = self._step = self._new_step(number, scaler)

@@ -83,7 +83,7 @@ class Parallel:
                     f"parallelize: {name or 'the model'} has sparse=True, whose gradients can't be summed up "
                     "and clipped here; leave it out"
                 )
-            if isinstance(part, nn.SyncBatchNorm) and config.micro_batches % self.world_size:
+            if isinstance(part, nn.SyncBatchNorm) and part.training and config.micro_batches % self.world_size:
                 raise UsageError(
                     f"parallelize: {name or 'the model'} is a SyncBatchNorm, and {config.micro_batches} micro-batches "
                     f"can't be shared out evenly over {self.world_size} ranks: it would wait for passes that some of "
@@ -200,6 +200,8 @@ def _unexpand(model: nn.Module) -> None:
         for name, buffer in part._buffers.items():
             if buffer is None or buffer.layout != torch.strided or buffer.is_nested or 0 not in buffer.stride():
                 continue
+            if dist.get_world_size() == 1 and name in part._non_persistent_buffers_set:
+                continue  # never written to here, and it may be there many times over
             if buffer not in whole:  # what several modules share stays shared
                 whole[buffer] = buffer.clone(memory_format=torch.contiguous_format)
             part._buffers[name] = whole[buffer]

@@ -131,6 +131,8 @@ class Filler:
         return made
 
     def _is_unfilled(self, value: torch.Tensor) -> bool:
+        if value.numel() == 0:
+            return False
         if value.is_meta:
             return True
         if value not in self._versions:  # a reset made it

@@ -45,7 +45,7 @@ class Step:
     :ivar number: which step it is, the first being 1.
     :ivar values: what was logged, for the run's metrics.
     :ivar begun: whether a micro-batch was taken.
-    :ivar divided: whether `update` has made means of the sums.
+    :ivar divided: the optimizers of whose gradients `update` has made means, by their ids.
     :ivar updated: whether it is done with this step.
     :ivar skipped: whether a guard has kept it from the optimizer.
     """
@@ -85,7 +85,7 @@ class Step:
         self._open = False
         self._backwards = 0
         self.begun = False
-        self.divided = False
+        self.divided: set[int] = set()
         self.updated = False
         self.skipped = False
         self._own: list[tuple[int, torch.Tensor]] = []
@@ -226,7 +226,7 @@ class Step:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         gradients = [p.grad for p in trained if p.grad is not None]
         # On a single rank models may take turns, and an optimizer have nothing to do.
-        missed = dist.get_world_size() > 1 or any(id(p) in self._reached for p in trained)
+        missed = dist.get_world_size() > 1 or not self._reached or any(id(p) in self._reached for p in trained)
         if trained and not gradients and missed:
             raise UsageError(
                 f"step {self.number}: no parameter of this {type(optimizer).__qualname__} has a gradient: it was "
@@ -240,7 +240,7 @@ class Step:
                 for found in self._scaler._found_inf_per_device(optimizer).values():
                     dist.all_reduce(found, op=dist.ReduceOp.MAX)
         finite = self._divide(gradients, clip)
-        self.divided = True
+        self.divided.add(id(optimizer))
         if self.skipped or (self._watch.looks and not self._watch.allows(self, finite=finite)):
             self.skipped = True  # for another optimizer of the same step as well
         else:
@@ -254,7 +254,9 @@ class Step:
 
     def _take(self, optimizer: Optimizer, gradients: list[torch.Tensor]) -> bool:
         """Let the optimizer take the step. :returns: whether it did: a GradScaler leaves out what has overflowed."""
-        if self._scaler is None or not gradients:
+        if not gradients:  # an average of the weights counts an optimizer's steps, and isn't to count this one
+            return True
+        if self._scaler is None:
             optimizer.step()
             return True
         self._scaler.step(optimizer)  # a fused optimizer is called in any case, and finds out by itself
@@ -262,6 +264,8 @@ class Step:
 
     def _divide(self, gradients: list[torch.Tensor], clip: float | None) -> bool:
         """Make the sums a mean, and clip it. :returns: whether all of it is finite, on all ranks."""
+        if not gradients:
+            return True
         looks = self._watch.looks and self._scaler is None  # which leaves out what has overflowed by itself
         factor: float | torch.Tensor = 1.0 / self.totals.count
         if clip is not None:
