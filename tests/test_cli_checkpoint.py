@@ -15,10 +15,11 @@ import torch
 from dtrain.checkpoint import newest
 from dtrain.checkpoint.catalog import CHECKPOINTS
 from dtrain.checkpoint.format import METADATA
-from dtrain.checkpoint.log import FOLDER, Entry
+from dtrain.checkpoint.log import FOLDER, Entry, Log
 from dtrain.checkpoint.reader import read_manifest
 from dtrain.cli import checkpoint, table, transfer
 from dtrain.observe.events import EVENTS, read_lines
+from dtrain.storage.local import LocalStorage
 from tests import checkpoint_command
 from tests.checkpoint_command import Dtrain, model, save_steps
 from tests.saving import Kept, Saver, delete, folder_of, log_of, save
@@ -286,6 +287,18 @@ def test_a_ranking_where_nothing_was_measured_says_where_metrics_come_from(run: 
     assert err.endswith(
         ": none of its checkpoints has a metric: they come from run.evaluate or run.save(metrics=...)\n"
     )
+
+
+def test_a_ranking_has_what_was_found_bad_where_there_is_nothing_else(tmp_path: Path, dtrain: Dtrain) -> None:
+    log = Log(LocalStorage(str(tmp_path)))
+    log.claim(0.0, "")
+    (tmp_path / "checkpoints").mkdir()
+    for kind in ("commit", "bad"):
+        for step in (10, 20):
+            metrics = {"val": float(step)} if kind == "commit" else {}
+            log.append(Entry(kind=kind, epoch=1, time=0.0, step=step, attempt=f"{step}", metrics=metrics))
+    code, out, _ = dtrain("best", tmp_path, "--metric", "val", "--mode", "min", "--json")
+    assert (code, [row["step"] for row in json.loads(out)]) == (0, [10])
 
 
 def test_tables_fit_a_terminal_of_80_columns(run: Path, dtrain: Dtrain, monkeypatch: pytest.MonkeyPatch) -> None:

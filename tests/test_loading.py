@@ -101,6 +101,12 @@ def test_the_best_can_be_asked_of_a_run_only(tmp_path: Path) -> None:
         load(tmp_path / "saved.pt", made(9), step="best")
 
 
+def test_damage_outside_of_a_run_is_damage_whatever_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("a file")
+    with pytest.raises(Damaged, match="cut off"), newest.still_there(LocalStorage(str(tmp_path)), "."):
+        raise Damaged("cut off")
+
+
 def test_weights_beside_a_folder_of_logs_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     (tmp_path / "log" / "loss.json").write_text("{}")
